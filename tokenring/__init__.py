@@ -1,0 +1,30 @@
+"""Sequence-parallel attention: exact, any schedule, forward.
+
+A schedule is data: `plan` builds it, `attention` runs it, `Plan.check`, `bytes_sent` and `explain` read it.
+"""
+
+from tokenring.api import attention, plan
+from tokenring.decode import decode_attention
+from tokenring.inprocess import run_local
+from tokenring.layout import Layout
+from tokenring.mask import Mask
+from tokenring.plan import AttentionShape, Plan
+from tokenring.transport import Event, Trace, Traffic, TransportError, connect, count_traffic, trace
+
+__all__ = [
+    "AttentionShape",
+    "Event",
+    "Layout",
+    "Mask",
+    "Plan",
+    "Trace",
+    "Traffic",
+    "TransportError",
+    "attention",
+    "connect",
+    "count_traffic",
+    "decode_attention",
+    "plan",
+    "run_local",
+    "trace",
+]

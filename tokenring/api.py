@@ -1,0 +1,235 @@
+"""The calls users make: `attention` and `plan`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenring import executor, kernels
+from tokenring.choose import forward_plan
+from tokenring.layout import Layout
+from tokenring.mask import Mask
+from tokenring.merge import accumulator_dtype, merge_sinks_
+from tokenring.plan import AttentionShape, Plan, Problem
+from tokenring.transport import Transport, connect
+
+
+def plan(
+    schedule: str = "auto",
+    *,
+    world: int,
+    shape: AttentionShape,
+    layout: Layout | str,
+    kv_layout: Layout | str | None = None,
+    mask: Mask | str = "causal",
+    direction: str = "forward",
+) -> Plan:
+    """The plan of a schedule: what every rank sends, computes and merges, before anything runs.
+
+    Args:
+        schedule: "ring", "tokenring", "gather", or "auto" (see `tokenring.choose`).
+        world: how many ranks.
+        shape: the global shape of the call.
+        layout: a Layout, or a name for `shape.q_length` positions.
+        kv_layout: where keys and values are cut differently from queries. With the query layout's offset left at 0, causal
+            and window masks then align bottom-right: query offset = kv length - query length.
+        mask: "causal", "full" or a Mask.
+        direction: "forward"; backward plans are not built yet.
+
+    >>> shape = AttentionShape(batch=1, q_length=8, kv_length=8, q_heads=2, kv_heads=1, head_dim=4, dtype=torch.float32)
+    >>> plan("ring", world=2, shape=shape, layout="contiguous", mask="full").bytes_sent(0)
+    128
+    """
+    if direction != "forward":
+        raise ValueError(f'direction is {direction!r}; only "forward" plans exist in this version')
+    q_layout = _named(layout, shape.q_length, world)
+    k_layout = q_layout if kv_layout is None else _named(kv_layout, shape.kv_length, world)
+    for what, cut, length in (("layout", q_layout, shape.q_length), ("kv_layout", k_layout, shape.kv_length)):
+        if cut.total != length or cut.world != world:
+            raise ValueError(
+                f"{what} cuts {cut.total} positions over {cut.world} ranks; the shape has {length} over {world} ranks"
+            )
+    return forward_plan(
+        schedule, Problem(world, _aligned(q_layout, k_layout, kv_layout), k_layout, Mask.of(mask)), shape
+    )
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group: Any = None,
+    layout: Layout | str = "zigzag",
+    kv_layout: Layout | str | None = None,
+    mask: Mask | str = "causal",
+    schedule: str = "auto",
+    backward_schedule: str = "auto",
+    plan: Plan | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    kernel: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention over a sequence that is spread over the ranks of a group.
+
+        out = softmax(scale * q k^T + mask) v,   lse = log sum exp(scale * q k^T + mask)
+
+    Args:
+        q: (B, Sq_local, Hq, D), this rank's queries in the order of `layout.positions(rank)`.
+        k: (B, Skv_local, Hkv, D), v: (B, Skv_local, Hkv, Dv); Hq a multiple of Hkv, never expanded on the wire.
+        group: ProcessGroup, 1-D DeviceMesh, LocalGroup, or None for one rank.
+        layout: a Layout, or a name where every rank holds equally many rows.
+        kv_layout: where keys and values are cut differently from queries (then see `tokenring.plan` for the alignment).
+        mask: "causal", "full" or a Mask.
+        schedule: "auto", "ring", "tokenring" or "gather"; `plan` overrides it: one plan serves every layer of a batch.
+        backward_schedule: "auto"; this version computes no gradients.
+        scale: 1 / sqrt(D) where not given.
+        softcap: scores become softcap * tanh(scores / softcap).
+        sinks: (Hq,), the logit of one virtual key of value 0 per head.
+        kernel: "auto", "cpu_flash" or "reference".
+        return_lse: also return lse.
+
+    Returns:
+        out (B, Sq_local, Hq, Dv) in q's dtype; with `return_lse` also lse (B, Hq, Sq_local), float32 (float64 for
+        float64), natural log, the sink included. A row that may attend to nothing gives zeros and lse = -inf.
+
+    Raises:
+        ValueError: for arguments that do not fit, before anything is sent.
+        TransportError: a transfer failed or timed out.
+        RuntimeError: when a gradient is asked for (the backward pass does not exist in this version).
+
+    >>> q, k, v = torch.randn(1, 6, 4, 8), torch.randn(1, 6, 2, 8), torch.randn(1, 6, 2, 8)
+    >>> attention(q, k, v).shape
+    torch.Size([1, 6, 4, 8])
+    """
+    if backward_schedule != "auto":
+        raise ValueError(
+            f'backward_schedule is {backward_schedule!r}; this version has no backward pass, leave it at "auto"'
+        )
+    runtime = connect(group)
+    _check_tensors(q, k, v, sinks, softcap)
+    if plan is None:
+        plan = _plan_for(q, k, v, runtime, layout, kv_layout, mask, schedule)
+    _check_plan(plan, q, k, v, runtime)
+    options = executor.Options(
+        kernels.choose(kernel, q, v, softcap), 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale), softcap
+    )
+    out, lse = _Attention.apply(q, k, v, sinks, plan, runtime, options)
+    return (out, lse) if return_lse else out
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        plan: Plan,
+        runtime: Transport,
+        options: executor.Options,
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = executor.run(plan, runtime, q.contiguous(), k.contiguous(), v.contiguous(), options)
+        if sinks is not None:
+            out = out.to(accumulator_dtype(q.dtype))
+            merge_sinks_(out, lse, sinks)
+        ctx.mark_non_differentiable(lse)
+        return out.to(q.dtype), lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            "tokenring.attention has no backward pass in this version; call it under torch.no_grad() or torch.inference_mode()"
+        )
+
+
+def _named(layout: Layout | str, length: int, world: int) -> Layout:
+    if isinstance(layout, Layout):
+        return layout
+    if length % world:
+        raise ValueError(
+            f"layout is the name {layout!r}, which needs equal shards, but {length} rows over {world} ranks are not; give a Layout"
+        )
+    return Layout.of(layout, length // world, world)
+
+
+def _aligned(q_layout: Layout, k_layout: Layout, kv_layout: Layout | str | None) -> Layout:
+    if kv_layout is None or q_layout.offset:
+        return q_layout
+    offset = k_layout.offset + k_layout.total - q_layout.total
+    if offset < 0:
+        raise ValueError(
+            f"{q_layout.total} queries are more than {k_layout.total} keys, and cannot align bottom-right; give the query layout an offset"
+        )
+    return q_layout.at(offset)
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, softcap: float | None) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if any(x.dim() != 4 for x in (q, k, v)):
+        raise ValueError(f"got {shapes}; each must be (batch, rows, heads, head dim)")
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"got {shapes}; k and v must agree in batch, rows and heads, q and k in batch and head dim")
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"got {q.shape[2]} query heads and {k.shape[2]} key heads; query heads must be a multiple of key heads"
+        )
+    if len({x.dtype for x in (q, k, v)}) > 1 or len({x.device for x in (q, k, v)}) > 1 or not q.is_floating_point():
+        raise ValueError(
+            f"got q {q.dtype} on {q.device}, k {k.dtype} on {k.device}, v {v.dtype} on {v.device}; give one floating dtype on one device"
+        )
+    if sinks is not None and tuple(sinks.shape) != (q.shape[2],):
+        raise ValueError(
+            f"sinks have shape {tuple(sinks.shape)}; give one logit for each of the {q.shape[2]} query heads"
+        )
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}; it must be above 0, or None for none")
+
+
+def _plan_for(
+    q: Tensor, k: Tensor, v: Tensor, runtime: Transport, layout: Any, kv_layout: Any, mask: Mask | str, schedule: str
+) -> Plan:
+    world = runtime.world
+    q_layout = Layout.of(layout, q.shape[1], world)
+    k_layout = q_layout if kv_layout is None else Layout.of(kv_layout, k.shape[1], world)
+    for what, cut, rows in (("layout", q_layout, q.shape[1]), ("kv_layout", k_layout, k.shape[1])):
+        if cut.world != world or cut.length(runtime.rank) != rows:
+            there = cut.length(runtime.rank) if runtime.rank < cut.world else 0
+            raise ValueError(
+                f"rank {runtime.rank} of {world} got {rows} rows; its {what} has {cut.world} ranks and gives it {there} rows"
+                + (
+                    "; give kv_layout where keys are cut differently"
+                    if what == "kv_layout" and kv_layout is None
+                    else ""
+                )
+            )
+    shape = AttentionShape(
+        q.shape[0], q_layout.total, k_layout.total, q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.dtype
+    )
+    problem = Problem(world, _aligned(q_layout, k_layout, kv_layout), k_layout, Mask.of(mask))
+    return forward_plan(schedule, problem, shape)
+
+
+def _check_plan(plan: Plan, q: Tensor, k: Tensor, v: Tensor, runtime: Transport) -> None:
+    s, p = plan.shape, plan.problem
+    if p.world != runtime.world:
+        raise ValueError(
+            f"the plan is for {p.world} ranks and the group has {runtime.world}; build the plan with world={runtime.world}"
+        )
+    v_dim = s.head_dim if s.v_head_dim is None else s.v_head_dim
+    planned = (
+        (s.batch, p.q_layout.length(runtime.rank), s.q_heads, s.head_dim),
+        (s.batch, p.kv_layout.length(runtime.rank), s.kv_heads, s.head_dim),
+        (s.batch, p.kv_layout.length(runtime.rank), s.kv_heads, v_dim),
+    )
+    given = (tuple(q.shape), tuple(k.shape), tuple(v.shape))
+    if planned != given or s.dtype != q.dtype:
+        raise ValueError(
+            f"the plan gives rank {runtime.rank} q, k, v of {planned} {s.dtype}, got {given} {q.dtype}; build the plan for these shapes"
+        )

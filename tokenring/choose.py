@@ -1,0 +1,40 @@
+"""Which schedule: for now the one whose busiest rank moves the fewest bytes; on a tie the one that needs the least memory.
+
+The rule is exact in bytes and blind to links: it takes every link for equal and shared. A choice by measured or described
+links (Topology) builds on the same plans.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from tokenring.plan import AttentionShape, Plan, Problem
+from tokenring.schedules import FORWARD, NAMES
+
+PREFERENCE = ("ring", "tokenring", "gather")
+
+
+@lru_cache(maxsize=1024)
+def forward_plan(schedule: str, problem: Problem, shape: AttentionShape) -> Plan:
+    """The plan of a schedule by name, or of the one that "auto" picks."""
+    if schedule != "auto":
+        if schedule not in FORWARD:
+            raise ValueError(f"schedule is {schedule!r}; give one of {', '.join(NAMES)}")
+        return Plan(schedule, problem, shape, FORWARD[schedule])
+    plans = {name: Plan(name, problem, shape, FORWARD[name]) for name in PREFERENCE}
+    busiest = {name: _busiest(plan) for name, plan in plans.items()}
+    best = min(PREFERENCE, key=lambda name: busiest[name])
+    why = "auto: the busiest rank sends and receives " + ", ".join(f"{busiest[n]} bytes with {n}" for n in PREFERENCE)
+    return Plan(best, problem, shape, FORWARD[best], why)
+
+
+def _busiest(plan: Plan) -> int:
+    received = [0] * plan.world
+    sent = [0] * plan.world
+    for rank in range(plan.world):
+        for step in plan.steps(rank):
+            for transfer in (t for lane in step.sends for t in lane):
+                size = transfer.rows * plan.shape.row_bytes(transfer.what)
+                sent[rank] += size
+                received[transfer.destination] += size
+    return max(s + r for s, r in zip(sent, received))

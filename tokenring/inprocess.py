@@ -1,0 +1,126 @@
+"""Ranks as threads of one process: the transport that tests and simulations use.
+
+Same verbs, same first-in-first-out rule per lane and pair of ranks; a send copies its tensor, so a buffer that is reused too
+early is *not* hidden by luck of timing here: the copy is taken when the send is pushed.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from tokenring.transport import Message, Transport, TransportError
+
+
+class LocalWorld:
+    """The mailboxes that the ranks of one in-process world share."""
+
+    def __init__(self, world: int) -> None:
+        if world < 1:
+            raise ValueError(f"an in-process world needs at least 1 rank, got {world}")
+        self.world = world
+        self.changed = threading.Condition()
+        self.mail: dict[tuple[int, int, int], deque[Tensor]] = defaultdict(deque)
+        self.failed: BaseException | None = None
+
+    def groups(self) -> list[LocalGroup]:
+        """One handle for each rank, to be passed as `group=`."""
+        return [LocalGroup(self, rank) for rank in range(self.world)]
+
+    def fail(self, error: BaseException) -> None:
+        """Wake every waiting rank: a peer is gone."""
+        with self.changed:
+            self.failed = self.failed or error
+            self.changed.notify_all()
+
+
+class LocalGroup:
+    """One rank's handle on a LocalWorld."""
+
+    def __init__(self, shared: LocalWorld, rank: int) -> None:
+        self.shared = shared
+        self._rank = rank
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return self.shared.world
+
+    def make_transport(self, timeout_seconds: float) -> Transport:
+        return LocalTransport(self.shared, self._rank, timeout_seconds)
+
+
+class LocalTransport(Transport):
+    """Mailboxes instead of a network."""
+
+    def __init__(self, shared: LocalWorld, rank: int, timeout_seconds: float) -> None:
+        super().__init__(rank, shared.world, timeout_seconds)
+        self._shared = shared
+        self._waiting: dict[tuple[int, int], list[Message]] = {}
+
+    def _open(self, lane: int, step: int, receives: Sequence[Message]) -> None:
+        self._waiting.setdefault((lane, step), []).extend(receives)
+
+    def _push(self, lane: int, step: int, sends: Sequence[Message]) -> None:
+        with self._shared.changed:
+            for peer, tensor in sends:
+                self._shared.mail[(self.rank, peer, lane)].append(tensor.detach().clone())
+            self._shared.changed.notify_all()
+
+    def _wait(self, lane: int, step: int) -> None:
+        for peer, tensor in self._waiting.pop((lane, step), ()):
+            message = self._take(peer, lane, step)
+            if message.shape != tensor.shape or message.dtype != tensor.dtype:
+                raise TransportError(
+                    f"rank {self.rank} of {self.world}, step {step}: rank {peer} sent {tuple(message.shape)} {message.dtype}, "
+                    f"expected {tuple(tensor.shape)} {tensor.dtype}"
+                )
+            tensor.copy_(message)
+
+    def _take(self, peer: int, lane: int, step: int) -> Tensor:
+        deadline = time.monotonic() + self.timeout_seconds
+        box = self._shared.mail[(peer, self.rank, lane)]
+        where = f"rank {self.rank} of {self.world}, step {step}: receive from rank {peer}"
+        with self._shared.changed:
+            while not box:
+                if self._shared.failed is not None:
+                    raise TransportError(f"{where}: a peer failed: {self._shared.failed}")
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise TransportError(f"{where} timed out after {self.timeout_seconds:g} s")
+                self._shared.changed.wait(left)
+            return box.popleft()
+
+
+def run_local(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """`function(group, *args)` on every rank of an in-process world; the results in rank order.
+
+    An exception on one rank wakes the others and is raised here.
+
+    >>> from tokenring.transport import connect
+    >>> run_local(3, lambda group: connect(group).rank)
+    [0, 1, 2]
+    """
+    shared = LocalWorld(world)
+    results: list[Any] = [None] * world
+
+    def work(rank: int, group: LocalGroup) -> None:
+        try:
+            results[rank] = function(group, *args)
+        except BaseException as error:
+            shared.fail(error)
+
+    threads = [threading.Thread(target=work, args=(rank, group)) for rank, group in enumerate(shared.groups())]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if shared.failed is not None:
+        raise shared.failed
+    return results

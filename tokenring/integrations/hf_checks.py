@@ -1,0 +1,95 @@
+"""What `sequence_parallel` refuses: one function for each thing a caller can get wrong, each with its one-line reason."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokenring.integrations.hf_cache import SpreadCache
+from tokenring.layout import Layout
+
+
+def check_layout(layout: Layout, world: int) -> None:
+    if not isinstance(layout, Layout):
+        raise ValueError(f"layout is {layout!r}; give a tokenring.Layout, for instance Layout.zigzag(length, {world})")
+    if layout.world != world:
+        raise ValueError(f"layout is for {layout.world} ranks and the group has {world}")
+    empty = [r for r in range(world) if layout.length(r) == 0]
+    if empty:
+        raise ValueError(
+            f"layout {layout.name} of {layout.total} rows gives none to rank {empty[0]}; transformers models need at "
+            "least one row on every rank: use fewer ranks or another layout"
+        )
+
+
+def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = list(inspect.signature(module.forward).parameters)
+    return {**dict(zip(names, args)), **kwargs}
+
+
+def check_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse what only the outermost call shows: the model fills these in on the way down."""
+    given = {name: value for name, value in named(module, args, kwargs).items() if value is not None}
+    if "position_ids" not in given:
+        raise ValueError("position_ids is missing; give this rank's own, layout.shard(position_ids, rank)")
+    if given.get("use_cache") and "past_key_values" not in given:
+        raise ValueError("use_cache=True needs past_key_values=SpreadCache(layout, group) inside sequence_parallel")
+    if "labels" in given:
+        raise ValueError(
+            "labels are shifted inside the model, which is wrong at the edges of shards; leave them out and use "
+            "layout.shard_labels with tokenring.cross_entropy"
+        )
+    pixels = sorted(name for name in given if name.startswith("pixel_values"))
+    if pixels:
+        raise ValueError(f"{pixels[0]} cannot be given inside sequence_parallel; embed first and give inputs_embeds")
+
+
+def spread_cache(cache: Any, context: Any) -> SpreadCache | None:
+    if cache is None:
+        return None
+    if not isinstance(cache, SpreadCache):
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__}; inside sequence_parallel give a SpreadCache(layout, group)"
+        )
+    if cache.layout != context.layout or cache.group is not context.group:
+        raise ValueError("past_key_values was made for another layout or group than sequence_parallel")
+    return cache
+
+
+def check_rows(rows: int, context: Any) -> None:
+    expected = context.layout.length(context.rank)
+    if rows != expected:
+        raise ValueError(
+            f"rank {context.rank} got {rows} rows; the layout gives it {expected}: cut the whole with layout.shard"
+        )
+
+
+def check_padding(mask: Any) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask is {shape}; give none, or a 2-D one of ones (causal is what is computed)")
+    if not bool(mask.bool().all()):
+        raise ValueError(
+            "attention_mask has zeros (padding), which cannot be honoured; run rows of one length, unpadded"
+        )
+
+
+def check_positions(position_ids: Tensor, context: Any) -> None:
+    """Packed documents start again at 0, so a row's position falls below its place in the sequence. Gaps are legal."""
+    if position_ids.ndim == 3 and position_ids.shape[0] != 4:
+        return  # M-RoPE without text positions: its axes say nothing about documents
+    text = position_ids[0] if position_ids.ndim == 3 else position_ids
+    places = (context.layout.positions(context.rank) - context.layout.offset).to(text.device)
+    order = places.argsort()
+    if text.shape[-1] != places.numel():
+        raise ValueError(f"position_ids has {text.shape[-1]} entries for {places.numel()} rows on rank {context.rank}")
+    text = text[:, order]
+    if bool((text < places[order]).any()) or bool((text.diff(dim=-1) <= 0).any()):
+        raise ValueError(
+            "position_ids start again or fall behind the rows' places in the sequence: packed documents cannot be "
+            "honoured yet, and positions must be global, not counted from 0 on each rank"
+        )

@@ -1,0 +1,68 @@
+"""The block kernel protocol."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tokenring.merge import accumulator_dtype, merge_
+from tokenring.segments import Tile
+
+
+class BlockKernel(ABC):
+    """Attention over a list of tiles. A back end implements `block`, or `forward` to answer the whole list with one call."""
+
+    name: str
+
+    @abstractmethod
+    def refuses(self, q: Tensor, v: Tensor, softcap: float | None) -> str | None:
+        """Why this kernel cannot take the inputs; None if it can."""
+
+    @abstractmethod
+    def block(
+        self, q: Tensor, k: Tensor, v: Tensor, lower: int | None, upper: int | None, scale: float, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """One rectangle of at least one query and one key, every query with at least one key.
+
+        Args:
+            q: (B, Sq, Hq, D). k: (B, Sk, Hkv, D). v: (B, Sk, Hkv, Dv).
+            lower, upper: bounds on key index - query index inside the rectangle.
+
+        Returns:
+            out (B, Sq, Hq, Dv) in q's dtype, lse (B, Hq, Sq) in float32 (float64 for float64).
+        """
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tiles: Sequence[Tile],
+        rows: tuple[int, int],
+        scale: float,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Query rows `rows` of the slot q over all tiles; a row that no tile holds gives zeros and lse -inf."""
+        first, last = rows
+        if len(tiles) == 1 and (tiles[0].q_start, tiles[0].q_stop) == rows:
+            return self._tile(q, k, v, tiles[0], scale, softcap)
+        dtype = accumulator_dtype(q.dtype)
+        out = torch.zeros(q.shape[0], last - first, q.shape[2], v.shape[3], dtype=dtype, device=q.device)
+        lse = torch.full((q.shape[0], q.shape[2], last - first), -torch.inf, dtype=dtype, device=q.device)
+        for tile in tiles:
+            part_out, part_lse = self._tile(q, k, v, tile, scale, softcap)
+            here = slice(tile.q_start - first, tile.q_stop - first)
+            merge_(out[:, here], lse[:, :, here], part_out, part_lse)
+        return out, lse
+
+    def _tile(
+        self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        corner = tile.shift(-tile.q_start, -tile.k_start)
+        keys = slice(tile.k_start, tile.k_stop)
+        return self.block(
+            q[:, tile.q_start : tile.q_stop], k[:, keys], v[:, keys], corner.lower, corner.upper, scale, softcap
+        )

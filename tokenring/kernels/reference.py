@@ -1,0 +1,60 @@
+"""Plain attention in torch operations: any device, dtype, band, head dims; the oracle beside every faster kernel.
+
+    out = softmax(scale * q k^T) v,   lse = log sum exp(scale * q k^T)
+
+Scores are computed in float32 (float64 for float64), a block of query rows at a time, so memory stays linear in length.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokenring.kernels.base import BlockKernel
+from tokenring.merge import accumulator_dtype
+
+BLOCK_ROWS = 256
+
+
+class ReferenceKernel(BlockKernel):
+    name = "reference"
+
+    def refuses(self, q: Tensor, v: Tensor, softcap: float | None) -> str | None:
+        return None
+
+    def block(
+        self, q: Tensor, k: Tensor, v: Tensor, lower: int | None, upper: int | None, scale: float, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        dtype = accumulator_dtype(q.dtype)
+        key_heads = k.to(dtype).permute(0, 2, 3, 1).unsqueeze(2)
+        value_heads = v.to(dtype).transpose(1, 2).unsqueeze(2)
+        outs, lses = [], []
+        for first in range(0, q.shape[1], BLOCK_ROWS):
+            rows = q[:, first : first + BLOCK_ROWS].to(dtype)
+            grouped = rows.transpose(1, 2).unflatten(1, (k.shape[2], -1))
+            scores = (grouped * scale) @ key_heads
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            blocked = _outside(first, rows.shape[1], k.shape[1], lower, upper, q.device)
+            if blocked is not None:
+                scores = scores.masked_fill(blocked, -torch.inf)
+            lse = torch.logsumexp(scores, dim=-1)
+            out = torch.exp(scores - lse.unsqueeze(-1)) @ value_heads
+            outs.append(out.flatten(1, 2).transpose(1, 2))
+            lses.append(lse.flatten(1, 2))
+        return torch.cat(outs, dim=1).to(q.dtype), torch.cat(lses, dim=2)
+
+
+def _outside(
+    first: int, rows: int, keys: int, lower: int | None, upper: int | None, device: torch.device
+) -> Tensor | None:
+    """True where a pair is outside the band; None where no pair is."""
+    if lower is None and upper is None:
+        return None
+    difference = torch.arange(keys, device=device)[None, :] - torch.arange(first, first + rows, device=device)[:, None]
+    outside = torch.zeros_like(difference, dtype=torch.bool)
+    if lower is not None:
+        outside |= difference < lower
+    if upper is not None:
+        outside |= difference > upper
+    return outside

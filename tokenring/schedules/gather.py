@@ -1,0 +1,56 @@
+"""Gather: every rank sends its keys and values straight to all that want them, then one pass over the rest.
+
+The own block is computed while the others arrive; they land in one workspace in global order, so that neighbouring blocks
+are one tile however many ranks sent them (the all-gather of Llama 3, arXiv 2407.21783, without the padding).
+Sent per rank, full mask: (N-1) KV, in one step; the workspace holds (N-1) KV.
+"""
+
+from __future__ import annotations
+
+from tokenring.plan import Piece, Problem, Slot, Step, Transfer, pieces
+from tokenring.schedules.paths import attend, wanted
+
+
+def gather(problem: Problem, rank: int) -> tuple[Step, ...]:
+    """One rank's steps: exchange beside the own block, then everything else."""
+    peers = [p for p in range(problem.world) if p != rank]
+    queries, own = problem.own("q", rank), problem.own("kv", rank)
+    workspace = Slot("kv:all", "kv", _in_order(problem, rank, peers))
+    sends = tuple(
+        Transfer(rank, p, "kv", pieces(rank, rows), "kv", "kv:all")
+        for p in peers
+        if (rows := wanted(problem, "kv", rank, p))
+    )
+    receives = tuple(
+        Transfer(p, rank, "kv", pieces(p, rows), "kv", "kv:all")
+        for p in peers
+        if (rows := wanted(problem, "kv", p, rank))
+    )
+    near = attend(problem, queries, own, "out0")
+    far = attend(problem, queries, workspace, "out1")
+    steps = [
+        Step(
+            sends=(sends, ()),
+            receives=(receives, ()),
+            slots=(workspace,) if receives else (),
+            computes=(near,) if near else (),
+            merges=(near.out.name,) if near else (),
+        )
+    ]
+    if far:
+        steps.append(Step(computes=(far,), merges=(far.out.name,)))
+    return tuple(steps)
+
+
+def _in_order(problem: Problem, rank: int, peers: list[int]) -> tuple[Piece, ...]:
+    """What the peers send, cut at their runs and sorted by position."""
+    found: list[tuple[int, Piece]] = []
+    for peer in peers:
+        for start, stop in wanted(problem, "kv", peer, rank):
+            row = 0
+            for run in problem.kv_layout.segments(peer):
+                first, last = max(start, row), min(stop, row + run.count)
+                if first < last:
+                    found.append((run.start + (first - row) * run.stride, Piece(peer, first, last)))
+                row += run.count
+    return tuple(piece for _, piece in sorted(found, key=lambda item: item[0]))
