@@ -1,7 +1,7 @@
 """Ranks as threads of one process: the transport that tests and simulations use.
 
-Same verbs, same first-in-first-out rule per lane and pair of ranks; a send copies its tensor, so a buffer that is reused too
-early is *not* hidden by luck of timing here: the copy is taken when the send is pushed.
+Same verbs, same rule: between two ranks, the messages of a lane match the posted receives first in, first out, whatever the
+order of the waits. A send copies its tensor when it is pushed.
 """
 
 from __future__ import annotations
@@ -62,10 +62,11 @@ class LocalTransport(Transport):
     def __init__(self, shared: LocalWorld, rank: int, timeout_seconds: float) -> None:
         super().__init__(rank, shared.world, timeout_seconds)
         self._shared = shared
-        self._waiting: dict[tuple[int, int], list[Message]] = {}
+        self._posted: dict[tuple[int, int], deque[tuple[int, Tensor]]] = defaultdict(deque)
 
     def _open(self, lane: int, step: int, receives: Sequence[Message]) -> None:
-        self._waiting.setdefault((lane, step), []).extend(receives)
+        for peer, tensor in receives:
+            self._posted[(peer, lane)].append((step, tensor))
 
     def _push(self, lane: int, step: int, sends: Sequence[Message]) -> None:
         with self._shared.changed:
@@ -74,14 +75,18 @@ class LocalTransport(Transport):
             self._shared.changed.notify_all()
 
     def _wait(self, lane: int, step: int) -> None:
-        for peer, tensor in self._waiting.pop((lane, step), ()):
-            message = self._take(peer, lane, step)
-            if message.shape != tensor.shape or message.dtype != tensor.dtype:
-                raise TransportError(
-                    f"rank {self.rank} of {self.world}, step {step}: rank {peer} sent {tuple(message.shape)} {message.dtype}, "
-                    f"expected {tuple(tensor.shape)} {tensor.dtype}"
-                )
-            tensor.copy_(message)
+        for (peer, posted_lane), queue in self._posted.items():
+            while posted_lane == lane and any(posted_step == step for posted_step, _ in queue):
+                self._fill(peer, lane, *queue.popleft())
+
+    def _fill(self, peer: int, lane: int, step: int, tensor: Tensor) -> None:
+        message = self._take(peer, lane, step)
+        if message.shape != tensor.shape or message.dtype != tensor.dtype:
+            raise TransportError(
+                f"rank {self.rank} of {self.world}, step {step}: rank {peer} sent {tuple(message.shape)} {message.dtype}, "
+                f"expected {tuple(tensor.shape)} {tensor.dtype}"
+            )
+        tensor.copy_(message)
 
     def _take(self, peer: int, lane: int, step: int) -> Tensor:
         deadline = time.monotonic() + self.timeout_seconds

@@ -19,7 +19,6 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -199,68 +198,6 @@ class SingleRank(Transport):
         return
 
 
-class DistributedTransport(Transport):
-    """torch.distributed, one communicator a lane, made and warmed collectively by every rank of the group."""
-
-    def __init__(self, group: dist.ProcessGroup, timeout_seconds: float) -> None:
-        super().__init__(group.rank(), group.size(), timeout_seconds)
-        self._batched = "nccl" in str(dist.get_backend(group))
-        ranks = dist.get_process_group_ranks(group)
-        limit = timedelta(seconds=timeout_seconds)
-        self._lanes = [
-            dist.new_group(ranks, timeout=limit, backend=dist.get_backend(group), use_local_synchronization=True)
-            for _ in range(LANES)
-        ]
-        for lane in self._lanes:
-            dist.barrier(group=lane)
-        self._receives: dict[tuple[int, int], Sequence[Message]] = {}
-        self._works: dict[tuple[int, int], list[tuple[str, int, Any, Tensor]]] = {}
-
-    def _open(self, lane: int, step: int, receives: Sequence[Message]) -> None:
-        works = self._works.setdefault((lane, step), [])
-        if self._batched:
-            self._receives[(lane, step)] = receives
-            return
-        for peer, tensor in receives:
-            work = self._guard(step, peer, dist.irecv, tensor, group=self._lanes[lane], group_src=peer)
-            works.append(("receive from", peer, work, tensor))
-
-    def _push(self, lane: int, step: int, sends: Sequence[Message]) -> None:
-        group = self._lanes[lane]
-        works = self._works.setdefault((lane, step), [])
-        if self._batched:
-            receives = self._receives.pop((lane, step), ())
-            ops = [dist.P2POp(dist.irecv, t, group=group, group_peer=p) for p, t in receives]
-            ops += [dist.P2POp(dist.isend, t, group=group, group_peer=p) for p, t in sends]
-            if ops:
-                works += [("exchange with", -1, work, ops[0].tensor) for work in dist.batch_isend_irecv(ops)]
-            return
-        for peer, tensor in sends:
-            work = self._guard(step, peer, dist.isend, tensor, group=group, group_dst=peer)
-            works.append(("send to", peer, work, tensor))
-
-    def _wait(self, lane: int, step: int) -> None:
-        for verb, peer, work, _tensor in self._works.pop((lane, step), ()):
-            try:
-                if self._batched:
-                    work.wait()
-                else:
-                    work.wait(timedelta(seconds=self.timeout_seconds))
-            except RuntimeError as error:
-                raise TransportError(
-                    f"rank {self.rank} of {self.world}, step {step}: {verb} rank {peer} failed within {self.timeout_seconds:g} s: {error}"
-                ) from error
-
-    def _guard(self, step: int, peer: int, post: Any, tensor: Tensor, **where: Any) -> Any:
-        try:
-            return post(tensor, **where)
-        except RuntimeError as error:
-            self.poison = (
-                f"rank {self.rank} of {self.world}, step {step}: {post.__name__} with rank {peer} refused: {error}"
-            )
-            raise TransportError(self.poison) from error
-
-
 _runtimes: weakref.WeakKeyDictionary[Any, Transport] = weakref.WeakKeyDictionary()
 
 
@@ -284,7 +221,7 @@ def connect(group: Any, *, timeout_seconds: float | None = None) -> Transport:
         if hasattr(group, "make_transport"):
             _runtimes[group] = group.make_transport(limit)
         elif isinstance(group, dist.ProcessGroup):
-            _runtimes[group] = DistributedTransport(group, limit) if group.size() > 1 else SingleRank()
+            _runtimes[group] = _distributed(group, limit)
         else:
             raise ValueError(
                 f"group is a {type(group).__name__}; give a ProcessGroup this rank belongs to, a 1-D DeviceMesh, a LocalGroup or None"
@@ -293,6 +230,12 @@ def connect(group: Any, *, timeout_seconds: float | None = None) -> Transport:
     if timeout_seconds is not None:
         runtime.timeout_seconds = timeout_seconds
     return runtime
+
+
+def _distributed(group: dist.ProcessGroup, timeout_seconds: float) -> Transport:
+    from tokenring.distributed import DistributedTransport
+
+    return DistributedTransport(group, timeout_seconds) if group.size() > 1 else SingleRank()
 
 
 @contextmanager

@@ -229,6 +229,7 @@ def _options(module: nn.Module, mask: Tensor | None, dropout: float, kwargs: dic
     if given.pop("output_attentions", False):
         raise ValueError("output_attentions cannot be honoured: tokenring never holds an attention map")
     if given:
-        name = sorted(given)[0]
-        raise ValueError(f'attention "tokenring" does not know {name}={given[name]!r} and will not ignore it')
+        name, value = min(given.items(), key=lambda item: item[0])
+        shown = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f'attention "tokenring" does not know {name}={shown} and will not ignore it')
     return options

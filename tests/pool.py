@@ -1,0 +1,92 @@
+"""One persistent pool of worker processes for every multi-rank test.
+
+Eight processes join one gloo group when the first test asks; a test runs `function(group, *args)` on the first `world` of
+them, on a subgroup that is made once. Starting them costs seconds, a task milliseconds. After a failure the pool is thrown
+away, because a broken group must not leak into the next test.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+MAX_WORLD = 8
+TASK_SECONDS = 120
+
+
+class WorkerError(AssertionError):
+    """A task failed on a worker; the message holds each failing rank's traceback."""
+
+
+class Pool:
+    """Workers that outlive tests."""
+
+    def __init__(self) -> None:
+        self._pipes: list[Any] = []
+        self._workers: list[Any] = []
+
+    def run(self, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """`function(group, *args)` on ranks 0 to world-1; results in rank order. `function` lives in a module."""
+        if not self._workers:
+            self._start()
+        for pipe in self._pipes[:world]:
+            pipe.send((world, function, args))
+        answers = []
+        for rank, pipe in enumerate(self._pipes[:world]):
+            if not pipe.poll(TASK_SECONDS):
+                answers.append((False, f"no answer within {TASK_SECONDS} s"))
+                continue
+            try:
+                answers.append(pipe.recv())
+            except EOFError:
+                answers.append((False, f"worker {rank} ended with exit code {self._workers[rank].exitcode}"))
+        failures = [f"rank {rank} of {world}:\n{text}" for rank, (good, text) in enumerate(answers) if not good]
+        if failures:
+            self.stop()
+            raise WorkerError("\n".join(failures))
+        return [value for _, value in answers]
+
+    def stop(self) -> None:
+        """End the workers; the next run starts new ones."""
+        for worker in self._workers:
+            worker.kill()
+            worker.join()
+        self._pipes, self._workers = [], []
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for rank in range(MAX_WORLD):
+            mine, theirs = context.Pipe()
+            worker = context.Process(target=_work, args=(rank, port, theirs), daemon=True)
+            worker.start()
+            theirs.close()
+            self._pipes.append(mine)
+            self._workers.append(worker)
+
+
+def _work(rank: int, port: int, pipe: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    limit = timedelta(seconds=TASK_SECONDS)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=MAX_WORLD, timeout=limit
+    )
+    groups = {world: dist.new_group(list(range(world)), timeout=limit) for world in range(1, MAX_WORLD + 1)}
+    while True:
+        try:
+            world, function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, function(groups[world], *args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
