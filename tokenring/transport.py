@@ -169,17 +169,13 @@ class Transport:
         received[self.rank] = parts[self.rank]
         return [received[p] for p in range(self.world)]
 
-    def broadcast(
-        self, x: Tensor | None, source: int, *, shape: Sequence[int] = (), dtype: torch.dtype = torch.int64
-    ) -> Tensor:
-        """`x` of rank `source` on every rank; the others say its shape and dtype."""
+    def broadcast(self, x: Tensor, source: int, *, control: bool = False) -> Tensor:
+        """`x` of rank `source` on every rank; the others give a tensor of the same shape, dtype and device to receive it."""
         if self.rank == source:
-            assert x is not None
-            self.exchange([(p, x) for p in range(self.world) if p != source], [])
-            return x
-        result = torch.empty(tuple(shape), dtype=dtype)
-        self.exchange([], [(source, result)])
-        return result
+            self.exchange([(p, x) for p in range(self.world) if p != source], [], control=control)
+        else:
+            self.exchange([], [(source, x)], control=control)
+        return x
 
 
 class SingleRank(Transport):

@@ -21,12 +21,12 @@ def uneven(group: Any) -> tuple:
     rows = torch.full((rank % 3, 2), rank, dtype=torch.int64)
     gathered = runtime.all_gather(rows)
     parts = [
-        torch.full((p + rank) % 2 * torch.ones(1, dtype=torch.int64).item() * 3 * [1] or [0], 10.0 * rank + p)
+        torch.full(((p + rank) % 2 * 3,), 10.0 * rank + p)
         for p in range(world)
     ]
     swapped = runtime.all_to_all(parts)
     flags = runtime.all_gather(torch.tensor([rank > 1]), same_shape=True)
-    told = runtime.broadcast(torch.tensor([rank]) if rank == world - 1 else None, world - 1, shape=(1,))
+    told = runtime.broadcast(torch.tensor([rank]), world - 1)
     return gathered, swapped, flags, told
 
 

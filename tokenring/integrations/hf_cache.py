@@ -49,9 +49,13 @@ class Ledger:
                 self._note(self.counts[owner], self.layout.offset + self.total - 1)
             self.counts[owner] += 1
 
+    def more(self, rows: int) -> int:
+        """By how many rows a full buffer grows: a share, so that long caches are seldom copied, small against 5%."""
+        return max(self.block, rows // 32)
+
     def _note(self, slot: int, position: int) -> None:
         if slot == self.positions.numel():
-            self.positions = torch.cat([self.positions, self.positions.new_zeros(self.block)])
+            self.positions = torch.cat([self.positions, self.positions.new_zeros(self.more(slot))])
         self.positions[slot] = position
 
 
@@ -110,7 +114,7 @@ class SpreadLayer(CacheLayerMixin):
 
     def _longer(self, buffer: Tensor) -> Tensor:
         b, h, s, d = buffer.shape
-        longer = buffer.new_zeros(b, h, s + self._ledger.block, d)
+        longer = buffer.new_zeros(b, h, s + self._ledger.more(s), d)
         longer[:, :, :s] = buffer
         return longer
 
@@ -149,7 +153,8 @@ class SpreadCache(Cache):
     Args:
         layout: the cut of the prompt (its `total` is the prompt's length after reduction, not the positions' range).
         group: ProcessGroup, 1-D DeviceMesh, LocalGroup or None, as in `tokenring.attention`.
-        block: rows by which the buffers grow when a decoded token finds them full. The prompt itself has no slack.
+        block: rows, at least, by which full buffers grow for decoded tokens (1/32 of the rows where that is more). The
+            prompt itself has no slack.
 
     >>> cache = SpreadCache(Layout.contiguous(4, 1), None)
     >>> _ = cache.update(torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 8), 0)
@@ -157,7 +162,7 @@ class SpreadCache(Cache):
     (4, 544)
     """
 
-    def __init__(self, layout: Layout, group: Any, *, block: int = 16) -> None:
+    def __init__(self, layout: Layout, group: Any, *, block: int = 4) -> None:
         runtime = connect(group)
         if layout.world != runtime.world:
             raise ValueError(f"SpreadCache got a layout for {layout.world} ranks and a group of {runtime.world}")

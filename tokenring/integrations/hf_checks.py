@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tokenring.integrations.hf_cache import SpreadCache
 from tokenring.layout import Layout
+from tokenring.transport import connect
 
 
 def check_layout(layout: Layout, world: int) -> None:
@@ -38,8 +39,8 @@ def check_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         raise ValueError("use_cache=True needs past_key_values=SpreadCache(layout, group) inside sequence_parallel")
     if "labels" in given:
         raise ValueError(
-            "labels are shifted inside the model, which is wrong at the edges of shards; leave them out and use "
-            "layout.shard_labels with tokenring.cross_entropy"
+            "labels are shifted inside the model, which is wrong at the edges of shards; leave them out and compare the "
+            "logits with layout.shard_labels(labels, rank)"
         )
     pixels = sorted(name for name in given if name.startswith("pixel_values"))
     if pixels:
@@ -53,7 +54,8 @@ def spread_cache(cache: Any, context: Any) -> SpreadCache | None:
         raise ValueError(
             f"past_key_values is a {type(cache).__name__}; inside sequence_parallel give a SpreadCache(layout, group)"
         )
-    if cache.layout != context.layout or cache.group is not context.group:
+    same_group = cache.group is context.group or connect(cache.group) is connect(context.group)
+    if cache.layout != context.layout or not same_group:
         raise ValueError("past_key_values was made for another layout or group than sequence_parallel")
     return cache
 

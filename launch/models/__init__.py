@@ -1,0 +1,61 @@
+"""The video language models the launcher can run: `load("demo")` or `load(directory)`.
+
+`check(source)` says at once, without loading weights, whether a source can be used; the launcher asks before it starts workers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.models.files import FAMILIES
+from launch.models.files import check as _check
+
+if TYPE_CHECKING:
+    from launch.models.base import Adapter
+
+__all__ = ["FAMILIES", "check", "load"]
+
+
+def check(source: str | Path) -> str:
+    """The family of a source ("demo" is its own), found without loading weights.
+
+    Raises:
+        ValueError: the source cannot be used; one line says why and what is allowed.
+    """
+    if str(source) != "demo":
+        return _check(source)
+    from launch import assets
+
+    for name in ("vit_onnx", "smollm2_gguf"):
+        assets.find(name)
+    return "demo"
+
+
+def load(source: str | Path, dtype: Any = None, device: Any = "cpu") -> Adapter:
+    """The adapter of a model.
+
+    Args:
+        source: "demo", or a local Hugging Face directory of Qwen2.5-VL, Qwen3-VL or LLaVA-OneVision. Nothing is downloaded.
+        dtype: torch dtype of the weights; torch.float32 where none is given.
+        device: where the weights go.
+
+    Raises:
+        ValueError: the source cannot be used; one line says why and what is allowed.
+    """
+    import torch
+
+    family = check(source)
+    dtype = torch.float32 if dtype is None else dtype
+    if family == "demo":
+        from launch.models.demo import DemoAdapter
+
+        return DemoAdapter.load(dtype, device)
+    if family == "llava_onevision":
+        from launch.models.llava import LlavaAdapter
+
+        return LlavaAdapter.load(Path(source), dtype, device)
+    from launch.models.qwen import Qwen3Adapter, Qwen25Adapter
+
+    cls = Qwen25Adapter if family == "qwen2_5_vl" else Qwen3Adapter
+    return cls.load(Path(source), dtype, device)

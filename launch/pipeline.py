@@ -1,0 +1,180 @@
+"""The way of the data on one rank: video -> frames -> features -> fewer tokens -> spread sequence -> prefill -> words.
+
+read ─ encode ─ reduce          launch.watch      frames sharded over the ranks, a window at a time
+splice                          launch.spread     kept rows move to the ranks that the layout names
+prefill ─ decode                launch.generate   tokenring.attention, then tokenring.decode_attention
+verify                          launch.verify     the same on one rank, if asked
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from launch.config import RunConfig
+from launch.errors import ConfigError
+from launch.generate import Answer, write
+from launch.models import load
+from launch.models.base import Adapter, Prompt, VisualPlan
+from launch.preflight import cut_windows, method_of, planned_frames
+from launch.progress import Log
+from launch.records import RankRecord
+from launch.spread import Ownership, Part, spread
+from launch.stages import Stages
+from launch.verify import verify
+from launch.video import FramePlan
+from launch.watch import Kept, Watcher, with_cells
+from tokenring import AttentionShape, Layout
+from tokenring import plan as attention_plan
+from tokenring.transport import Transport, connect, count_traffic
+
+
+def run(config: RunConfig, group: Any, log: Log) -> RankRecord:
+    """One rank's part of `tokenring run`. Every rank calls it with the same configuration.
+
+    Args:
+        config: a checked configuration whose `engine.device` is settled.
+        group: the process group of all ranks, or None for one rank.
+        log: told what is being done; also the clock of the record.
+
+    Raises:
+        ConfigError: the input cannot be run on this many ranks; raised on every rank alike.
+    """
+    runtime = connect(group, timeout_seconds=config.engine.exchange_timeout_seconds)
+    with torch.inference_mode():
+        return _Run(config, runtime, Stages(log, config.engine.device)).record()
+
+
+class _Run:
+    """What the stages of one run share."""
+
+    def __init__(self, config: RunConfig, runtime: Transport, stages: Stages) -> None:
+        self.config, self.runtime, self.stages = config, runtime, stages
+        stages.log.stage("load")
+        with stages.span("load"):
+            self.adapter = _load(config)
+            self.frames = planned_frames(config.video)
+        self.started = stages.log.clock()
+
+    def record(self) -> RankRecord:
+        """Do it all."""
+        adapter, stages, runtime = self.adapter, self.stages, self.runtime
+        with count_traffic(runtime) as traffic:
+            plan, kept = self.watch()
+            who, short, layout, part = self.splice(plan, kept)
+            answer, cache = self.write(short, layout, part)
+            sent = {peer: size for (_, peer), size in traffic.sent.items()}
+        compared = self.verify(short, kept, who, layout, answer) if self.config.output.verify else None
+        return RankRecord(
+            schedule=_schedule(adapter, layout, self.config),
+            frames=plan.frames,
+            tokens_before=plan.tokens,
+            tokens_after=int(who.index.numel()),
+            tokens_local=layout.length(runtime.rank),
+            cache_bytes=cache.nbytes(),
+            peak_bytes=max(stages.peak_bytes.values()),
+            stage_peak_bytes=stages.peak_bytes,
+            bytes_sent=sent,
+            generated_ids=answer.ids,
+            text=adapter.decode(answer.ids),
+            seconds={**stages.seconds, "first_token": answer.first_token_at - self.started},
+            events=stages.events,
+            kept=with_cells(kept.samples, who.index, plan, self.seconds),
+            verify=compared,
+            warnings=_warnings(adapter, short, len(answer.ids)),
+            notes=list(adapter.notes),
+        )
+
+    @property
+    def seconds(self) -> list[float]:
+        """Time of each frame."""
+        return [ref.seconds for ref in self.frames.refs]
+
+    def watch(self) -> tuple[VisualPlan, Kept]:
+        """Frames to kept visual tokens."""
+        self.stages.log.stage("watch")
+        method, budget = method_of(self.config.reduce)
+        missing = sorted(method.needs - self.adapter.channels)
+        if missing:
+            raise ConfigError(
+                f"reducer {method.name} needs {', '.join(missing)}, which model {self.adapter.name} does not give"
+            )
+        plan = _visual_plan(self.adapter, self.frames)
+        cut = cut_windows(plan, self.config.reduce, method, budget)
+        seed = self.config.generate.seed
+        watcher = Watcher(self.adapter, plan, self.frames, cut, method, seed, self.runtime, self.stages)
+        return plan, watcher.watch(self.runtime.rank, self.runtime.world)
+
+    def splice(self, plan: VisualPlan, kept: Kept) -> tuple[Ownership, Prompt, Layout, Part]:
+        """Text and kept tokens, spread by the layout."""
+        self.stages.log.stage("prefill")
+        world = self.runtime.world
+        with self.stages.span("splice"):
+            who = Ownership.agree(kept, self.runtime)
+            short = self.adapter.prompt(self.config.generate.prompt, plan, self.seconds).keep(who.index)
+            length = int(short.input_ids.numel())
+            if length < world:
+                raise ConfigError(
+                    f"the sequence has {length} tokens for {world} ranks; give --nproc {length} or fewer, or keep more tokens"
+                )
+            layout = getattr(Layout, self.config.attention.layout)(length, world)
+            part = spread(self.adapter, short, kept, who, layout, self.runtime)
+        return who, short, layout, part
+
+    def write(self, short: Prompt, layout: Layout, part: Part) -> tuple[Answer, Any]:
+        """Prefill and decode over the ranks."""
+        from tokenring.integrations.huggingface import SpreadCache, sequence_parallel
+
+        cache = SpreadCache(layout, self.runtime)
+        generate, keep = self.config.generate, self.config.output.verify
+        with sequence_parallel(self.adapter.text_model, self.runtime, layout, self.config.attention.schedule):
+            answer = write(
+                self.adapter, part, layout, short.next_position, cache, generate, self.runtime, self.stages, keep=keep
+            )
+        return answer, cache
+
+    def verify(
+        self, short: Prompt, kept: Kept, who: Ownership, layout: Layout, answer: Answer
+    ) -> dict[str, Any] | None:
+        """The same on one rank."""
+        self.stages.log.stage("verify")
+        generate, tolerance = self.config.generate, self.config.output.tolerance
+        with self.stages.span("verify"):
+            return verify(self.adapter, short, kept, who, layout, answer, generate, tolerance, self.runtime)
+
+
+def _load(config: RunConfig) -> Adapter:
+    try:
+        return load(config.model.source, getattr(torch, config.model.dtype), config.engine.device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _visual_plan(adapter: Adapter, frames: FramePlan) -> VisualPlan:
+    clip = frames.clips[frames.refs[0].clip]
+    try:
+        return adapter.visual_plan(len(frames), clip.height, clip.width)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _schedule(adapter: Adapter, layout: Layout, config: RunConfig) -> str:
+    """The schedule that prefill ran: what "auto" comes to for this model and layout."""
+    model = adapter.text_model.config
+    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+    dim = getattr(model, "head_dim", None) or model.hidden_size // heads
+    shape = AttentionShape(
+        1, layout.total, layout.total, heads, kv_heads, dim, dtype=getattr(torch, config.model.dtype)
+    )
+    return attention_plan(config.attention.schedule, world=layout.world, shape=shape, layout=layout).schedule
+
+
+def _warnings(adapter: Adapter, short: Prompt, written: int) -> list[str]:
+    last = max(int(short.positions.max()), short.next_position + written - 1)
+    if last < adapter.context_length:
+        return []
+    return [
+        f"positions reach {last}, above the {adapter.context_length} that the language model was trained for: expect worse "
+        "text; take fewer frames (--fps, --frames) or a model with a longer context"
+    ]

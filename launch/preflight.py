@@ -1,0 +1,81 @@
+"""What can be known before any rank starts: that the files, the model and the numbers fit together.
+
+Reads headers and packets of the videos and the model's configuration, never weights or pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launch.config import ReduceConfig, RunConfig, VideoConfig
+from launch.errors import ConfigError
+from launch.models import check
+from launch.models.base import VisualPlan
+from launch.video import FramePlan, join, plan_frames
+from launch.watch import Windows
+from token_reduction import Budget, Reducer, build, parse
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What a run will work on. Token counts are None where only the loaded model can tell."""
+
+    frames: int
+    tokens_before: int | None
+    tokens_after: int | None
+
+
+def preflight(config: RunConfig) -> Preflight:
+    """Check a run without starting it.
+
+    Raises:
+        ValueError: one line that says what was given, what is allowed and how to mend it.
+    """
+    method, budget = method_of(config.reduce)
+    frames = planned_frames(config.video)
+    if check(config.model.source) != "demo":
+        return Preflight(len(frames), None, None)
+    from launch.encoder import GRID, SIDE
+
+    plan = VisualPlan(frames=len(frames), frames_per_group=1, height=SIDE, width=SIDE, grid=(len(frames), GRID, GRID))
+    after = sum(cut_windows(plan, config.reduce, method, budget).counts)
+    if after < config.engine.nproc:
+        _enough_rows(config, plan, after)
+    return Preflight(len(frames), plan.tokens, after)
+
+
+def method_of(config: ReduceConfig) -> tuple[Reducer, Budget]:
+    """The reducer and the budget of a specification such as "divprune:0.1"."""
+    try:
+        name, budget = parse(config.spec)
+        return build(name), budget
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def planned_frames(config: VideoConfig) -> FramePlan:
+    """Probe the clips and choose the frames."""
+    clips = join(config.paths, config.loop)
+    return plan_frames(clips, fps=config.fps, count=config.frames, start=config.start, stop=config.stop)
+
+
+def cut_windows(plan: VisualPlan, config: ReduceConfig, method: Reducer, budget: Budget) -> Windows:
+    """The windows of a video with their budgets."""
+    try:
+        return Windows.cut(plan, config.window, method, budget)
+    except ValueError as error:
+        raise ConfigError(f"reduce.spec is {config.spec!r} with reduce.window {config.window}: {error}") from error
+
+
+def _enough_rows(config: RunConfig, plan: VisualPlan, after: int) -> None:
+    """Few visual tokens: count the text too, as the demo's own prompt has it."""
+    from launch.assets import demo_dir
+    from launch.models.demo import prompt_ids
+    from launch.models.files import load_tokenizer
+
+    text = len(prompt_ids(load_tokenizer(demo_dir() / "smollm2"), config.generate.prompt, visual=0))
+    if text + after < config.engine.nproc:
+        raise ConfigError(
+            f"engine.nproc is {config.engine.nproc}, more ranks than the {text + after} tokens of the sequence "
+            f"({text} of text, {after} visual); give --nproc {text + after} or fewer"
+        )

@@ -1,0 +1,104 @@
+"""The same input on one rank with plain attention: are the logits the same, and the tokens?
+
+Rank 0 takes the reduced sequence as it left the reduction (not as the ranks received it), runs transformers' own sdpa and
+eager attention over it and the written tokens in one pass, and compares
+
+    written     logits of every position that produced a token: at most `tolerance` apart
+    all         logits of every position of the prompt: at most twice as far apart as sdpa and eager are from each other
+    tokens      what one rank would have written; where it differs, the one-rank gap between its best two logits
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from launch.config import GenerateConfig
+from launch.generate import Answer, Writer
+from launch.models.base import VISUAL, Adapter, Prompt, splice
+from launch.spread import Ownership
+from launch.watch import Kept
+from tokenring.layout import Layout
+from tokenring.transport import Transport
+
+CHUNK_ROWS = 256
+
+
+def verify(
+    adapter: Adapter,
+    short: Prompt,
+    kept: Kept,
+    who: Ownership,
+    layout: Layout,
+    answer: Answer,
+    config: GenerateConfig,
+    tolerance: float,
+    runtime: Transport,
+) -> dict[str, Any] | None:
+    """Compare on rank 0; the others only hand over what they hold. Collective."""
+    x = who.gather(kept.x, runtime)
+    planes = None if kept.planes is None else who.gather(kept.planes, runtime)
+    assert answer.hidden is not None
+    hidden = layout.gather(answer.hidden, runtime)
+    if runtime.rank != 0:
+        return None
+    reference = {kind: _alone(adapter, short, x, planes, answer.ids[:-1], kind) for kind in ("sdpa", "eager")}
+    length = layout.total
+    return {
+        **_written(adapter, reference["sdpa"][:, length - 1 :], answer, config, tolerance),
+        **_everywhere(adapter, hidden, reference["sdpa"][:, :length], reference["eager"][:, :length], tolerance),
+        "tolerance": tolerance,
+    }
+
+
+def _alone(adapter: Adapter, short: Prompt, x: Tensor, planes: Tensor | None, written: list[int], kind: str) -> Tensor:
+    """Hidden states of the prompt and the written tokens on one rank, transformers' own attention."""
+    later = torch.tensor(written, dtype=torch.int64)
+    ids = torch.cat([short.input_ids, later])
+    steps = torch.arange(len(written)).expand(short.positions.shape[0], -1) + short.next_position
+    positions = torch.cat([short.positions, steps], dim=1)
+    rows = (ids == VISUAL).nonzero().flatten() if planes is not None else None
+    former = adapter.text_model.config._attn_implementation
+    adapter.text_model.set_attn_implementation(kind)
+    try:
+        return adapter.forward(splice(adapter, ids, x), positions, None, planes, rows)
+    finally:
+        adapter.text_model.set_attn_implementation(former)
+
+
+def _written(
+    adapter: Adapter, rows: Tensor, answer: Answer, config: GenerateConfig, tolerance: float
+) -> dict[str, Any]:
+    writer, differences, first = Writer(config), [], None
+    for number, (token, logits) in enumerate(zip(answer.ids, answer.logits)):
+        alone = adapter.logits(rows[:, number])[0].cpu()
+        differences.append((alone - logits).abs().max().item())
+        picked = writer.pick(alone)
+        if picked != token and first is None:
+            best = alone.topk(2).values
+            first = {"position": number, "token": token, "alone": picked, "gap": (best[0] - best[1]).item()}
+    same = first is None
+    close = max(differences) <= tolerance
+    excused = first is not None and first["gap"] < tolerance
+    return {
+        "max_logit_diff": max(differences),
+        "same_tokens": same,
+        "first_difference": first,
+        "written_within_tolerance": close and (same or excused),
+    }
+
+
+def _everywhere(adapter: Adapter, hidden: Tensor, sdpa: Tensor, eager: Tensor, tolerance: float) -> dict[str, Any]:
+    spread, own = 0.0, 0.0
+    for first in range(0, hidden.shape[1], CHUNK_ROWS):
+        rows = slice(first, first + CHUNK_ROWS)
+        logits = adapter.logits(sdpa[:, rows])
+        spread = max(spread, (adapter.logits(hidden[:, rows]) - logits).abs().max().item())
+        own = max(own, (adapter.logits(eager[:, rows]) - logits).abs().max().item())
+    return {
+        "max_logit_diff_all": spread,
+        "sdpa_eager_diff_all": own,
+        "all_within_tolerance": spread <= max(2 * own, tolerance),
+    }
