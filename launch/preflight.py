@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from launch.assets import find
 from launch.config import ReduceConfig, RunConfig, VideoConfig
 from launch.errors import ConfigError
 from launch.models import check
@@ -14,6 +15,8 @@ from launch.models.base import VisualPlan
 from launch.video import FramePlan, join, plan_frames
 from launch.watch import Windows
 from token_reduction import Budget, Reducer, build, parse
+
+CLIP = "clip:"
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,9 @@ def method_of(config: ReduceConfig) -> tuple[Reducer, Budget]:
 
 
 def planned_frames(config: VideoConfig) -> FramePlan:
-    """Probe the clips and choose the frames."""
-    clips = join(config.paths, config.loop)
+    """Probe the clips and choose the frames. A name such as "clip:bikes" is a clip of the demo's own packages."""
+    paths = [find(path) if path.startswith(CLIP) else path for path in config.paths]
+    clips = join(paths, config.loop)
     return plan_frames(clips, fps=config.fps, count=config.frames, start=config.start, stop=config.stop)
 
 

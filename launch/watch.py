@@ -41,7 +41,14 @@ class Windows:
 
     @classmethod
     def cut(cls, plan: VisualPlan, window: int, method: Reducer, budget: Budget) -> Windows:
-        """Windows of `window` frames, rounded up to whole groups. ValueError where the budget leaves one without a token."""
+        """Windows of `window` frames, rounded up to whole groups; each keeps one token or more.
+
+        Raises:
+            ValueError: the budget is below one token for the whole video, or cannot give one to each window.
+        """
+        if budget.kind == "ratio" and budget.value * plan.tokens < 1:
+            share = f"{budget.value:g} of the video's {plan.tokens} visual tokens"
+            raise ValueError(f"a budget of {share} is below one token; give {1 / plan.tokens:.2g} or more, or a count")
         size = -(-window // plan.frames_per_group) * plan.frames_per_group
         frames = windows(plan.frames, size)
         grids = [(-(-(last - first) // plan.frames_per_group), *plan.grid[1:]) for first, last in frames]

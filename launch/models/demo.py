@@ -94,11 +94,16 @@ class DemoAdapter(TextSide):
             raise ValueError(
                 f"seconds has {len(seconds)} entries for the video's {plan.frames} frames; give one a frame"
             )
-        turn = [{"role": "user", "content": f"{_MARK}\n{text}"}]
-        rendered = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        before, *after = rendered.split(_MARK)
-        if len(after) != 1:
-            raise ValueError("the prompt's text holds the marker of the video; leave NUL characters out of it")
-        head, tail = (self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after[0]))
-        ids = torch.tensor([*head, *[VISUAL] * plan.tokens, *tail], dtype=torch.int64)
+        ids = torch.tensor(prompt_ids(self.tokenizer, text, plan.tokens), dtype=torch.int64)
         return Prompt(ids, torch.arange(ids.numel())[None], ids.numel())
+
+
+def prompt_ids(tokenizer: Any, text: str, visual: int) -> list[int]:
+    """Token ids of one user turn: `visual` slots (-1), then the text, up to where the answer starts."""
+    turn = [{"role": "user", "content": f"{_MARK}\n{text}"}]
+    rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    before, *after = rendered.split(_MARK)
+    if len(after) != 1:
+        raise ValueError("the prompt's text holds the marker of the video; leave NUL characters out of it")
+    head, tail = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after[0]))
+    return [*head, *[VISUAL] * visual, *tail]

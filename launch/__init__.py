@@ -1,0 +1,1 @@
+"""Run the launcher from videos to text. See `tokenring --help`."""

@@ -1,0 +1,258 @@
+"""Frames out of video files: probe, choose, stream.
+
+    paths ── probe ──> VideoInfo ── plan_frames ──> FramePlan (pure data) ── read ──> (number, RGB frame), ...
+
+One clock runs over all clips, joined in order; the first frame of a clip is on screen from the moment the clip begins.
+The frame chosen for time t is the one on screen at t: the last whose presentation time is not after t. Reading holds
+one decoded frame besides the decoder's own buffers, whatever the length of the video. Pixels are as stored (one that is
+not square is not stretched); a rotation noted in the file is applied.
+"""
+
+from __future__ import annotations
+
+import math
+import stat
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+_SLACK = 1e-6
+"""Seconds by which two times may differ and count as equal: above rounding of k / fps, below any frame's duration."""
+
+
+class VideoError(ValueError):
+    """A video, or what was asked of it, cannot be used; one line: what was given, what is allowed, how to mend it."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What `probe` found: `frames` that can be shown, `fps` their mean rate, `seconds` with the last frame's own."""
+
+    path: str
+    width: int
+    height: int
+    frames: int
+    fps: float
+    seconds: float
+    codec: str
+    ticks: Sequence[int] = field(repr=False)
+    """Presentation time of each frame in units of `tick_seconds`, the first at 0: a `range` where evenly spaced."""
+    tick_seconds: Fraction = field(repr=False)
+    origin: int | None = field(repr=False)
+    """Time stamp of the first frame in the file; None: the file has none, so frames are counted from its start."""
+
+    def index_at(self, seconds: float) -> int:
+        """Number of the frame on screen `seconds` after the clip's beginning."""
+        return max(0, bisect_right(self.ticks, (seconds + _SLACK) / self.tick_seconds) - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class FrameRef:
+    """Frame `index` of clip number `clip`, chosen for the time `seconds` on the joined clock."""
+
+    clip: int
+    index: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class FramePlan:
+    """Which frames of which clips, in order: `clips[ref.clip]` is a reference's clip, a looped clip is listed again."""
+
+    clips: tuple[VideoInfo, ...]
+    refs: tuple[FrameRef, ...]
+
+    def __len__(self) -> int:
+        return len(self.refs)
+
+
+def probe(path: str | Path) -> VideoInfo:
+    """Measure one file by walking through its packets, without decoding more than its first frame.
+
+    Frames are counted as the distinct presentation times of the packets of the first video stream, less what an edit
+    list cuts away and what precedes the first key frame (it cannot be decoded). Where the format does not give each
+    frame a time (AVI, MPEG-PS, raw streams) packets are counted, the rate is taken as even, and reading always decodes
+    from the clip's start. The count in the container's header is not used.
+
+    Raises:
+        VideoError: missing, empty, not a regular file, not a video, no video stream, truncated, or not decodable.
+
+    Example: `probe("clip.mp4").frames`
+    """
+    from launch.demux import scan
+
+    return scan(_file(path))
+
+
+def join(paths: Sequence[str | Path], loop: int = 1) -> tuple[VideoInfo, ...]:
+    """Probe clips to be shown one after another, the whole list `loop` times; each path is probed once.
+
+    Raises:
+        VideoError: no path, loop below 1, or what `probe` refuses.
+    """
+    if not paths:
+        raise VideoError("no video was given; allowed: one or more video files; name at least one")
+    if not (math.isfinite(loop) and loop >= 1 and loop == int(loop)):
+        raise VideoError(
+            f"loop={loop} was given; allowed: a whole number from 1 up; leave it out to show the clips once"
+        )
+    infos = {str(path): probe(path) for path in dict.fromkeys(paths)}
+    return tuple(infos[str(path)] for path in paths) * int(loop)
+
+
+def plan_frames(
+    infos: Sequence[VideoInfo],
+    *,
+    fps: float | None = None,
+    count: int | None = None,
+    start: float = 0.0,
+    stop: float | None = None,
+) -> FramePlan:
+    """Choose frames in [start, stop) seconds of the joined clips.
+
+        fps:      t_k = start + k / fps                     for every t_k < stop
+        count:    t_k = start + k (stop - start) / count    for k = 0 .. count - 1
+        neither:  every frame that comes on screen in the range
+
+    More frames than the clip has in that time repeat frames; nothing is invented between them.
+
+    Args:
+        infos: clips in order, from `probe` or `join`; the same one may stand there many times.
+        fps: frames per second of video. count: number of frames. At most one of the two.
+        start, stop: seconds on the joined clock; stop defaults to the end.
+
+    Raises:
+        VideoError: fps or count not positive, both given, or a range that is empty or not inside the video.
+
+    Example:
+        >>> clip = VideoInfo("clip.mp4", 64, 48, 50, 25.0, 2.0, "h264", range(50), Fraction(1, 25), 0)
+        >>> [(ref.clip, ref.index, ref.seconds) for ref in plan_frames([clip, clip], fps=2, start=1).refs]
+        [(0, 25, 1.0), (0, 37, 1.5), (1, 0, 2.0), (1, 12, 2.5), (1, 25, 3.0), (1, 37, 3.5)]
+    """
+    clips = tuple(infos)
+    if not clips:
+        raise VideoError("no clip was given; allowed: a list of one or more probed clips; probe a video first")
+    begins = np.concatenate([[0.0], np.cumsum([clip.seconds for clip in clips])]).tolist()
+    stop = _check_range(start, stop, begins[-1])
+    _check_rate(fps, count)
+    if fps is None and count is None:
+        refs = _every_frame(clips, begins, start, stop)
+    else:
+        number = count if count is not None else math.ceil((stop - start) * fps - _SLACK * fps)
+        gap = (stop - start) / count if count is not None else 1 / fps
+        times = (start + k * gap for k in range(max(1, number)))
+        refs = (_on_screen(clips, begins, time) for time in times)
+    plan = FramePlan(clips, tuple(refs))
+    if not plan.refs:
+        raise VideoError(
+            f"no frame comes on screen from {start:g} to {stop:g} s; allowed: a range with a frame; widen it or set fps"
+        )
+    return plan
+
+
+def read(plan: FramePlan, first: int, last: int, *, threads: int = 1) -> Iterator[tuple[int, np.ndarray]]:
+    """Stream frames first .. last - 1 of a plan: pairs of the number in the plan and a uint8 RGB array (H, W, 3).
+
+    Each clip is opened when its first frame is wanted, entered at the key frame before it, and decoded up to the last
+    frame wanted. Clips listed again are opened again. Arrays are fresh: the caller may keep or change them.
+
+    Args:
+        threads: threads of the decoder; each adds a few frames to its buffers.
+
+    Raises:
+        VideoError: first and last are not 0 <= first <= last <= len(plan) (at once); a frame is missing or damaged, as
+            when the file was cut short or changed after it was probed (when it is reached, naming the frame).
+
+    Example: `for number, frame in read(plan_frames(join(["clip.mp4"]), fps=1), 0, 4): ...`
+    """
+    if not 0 <= first <= last <= len(plan):
+        raise VideoError(
+            f"read got first={first} last={last}; allowed: 0 <= first <= last <= {len(plan)}; keep inside the plan"
+        )
+    return _stream(plan, first, last, threads)
+
+
+def _stream(plan: FramePlan, first: int, last: int, threads: int) -> Iterator[tuple[int, np.ndarray]]:
+    from launch.demux import frames, to_rgb
+
+    for clip, group in groupby(range(first, last), key=lambda number: plan.refs[number].clip):
+        numbers, info = list(group), plan.clips[clip]
+        source, reached, frame = frames(info, plan.refs[numbers[0]].index, threads), -1, None
+        for number in numbers:
+            index = plan.refs[number].index
+            before = reached
+            while reached < index:
+                before = max(before, reached)
+                reached, frame = next(source, (info.frames, None))
+            if reached != index:
+                raise _lost(info, index, before)
+            yield number, to_rgb(info, index, frame)
+
+
+def _every_frame(clips: Sequence[VideoInfo], begins: Sequence[float], start: float, stop: float) -> Iterator[FrameRef]:
+    for number, (clip, begin) in enumerate(zip(clips, begins)):
+        for index, tick in enumerate(clip.ticks):
+            seconds = begin + float(tick * clip.tick_seconds)
+            if start - _SLACK <= seconds < stop - _SLACK:
+                yield FrameRef(number, index, seconds)
+
+
+def _on_screen(clips: Sequence[VideoInfo], begins: Sequence[float], seconds: float) -> FrameRef:
+    number = min(bisect_right(begins, seconds + _SLACK) - 1, len(clips) - 1)
+    return FrameRef(number, clips[number].index_at(seconds - begins[number]), seconds)
+
+
+def _check_rate(fps: float | None, count: int | None) -> None:
+    if fps is not None and count is not None:
+        raise VideoError(f"both fps={fps} and count={count} were given; allowed: one of them; leave the other out")
+    if fps is not None and not (math.isfinite(fps) and fps > 0):
+        raise VideoError(
+            f"fps={fps} was given; allowed: a finite rate above 0; give fps=2 for example, or fps=0.1 for one in 10 s"
+        )
+    if count is not None and not (math.isfinite(count) and count >= 1 and count == int(count)):
+        raise VideoError(
+            f"count={count} was given; allowed: a whole number of frames from 1 up; give for example count=16"
+        )
+
+
+def _check_range(start: float, stop: float | None, total: float) -> float:
+    given = f"start={start:g}" + ("" if stop is None else f" stop={stop:g}")
+    allowed = f"allowed: 0 <= start < stop <= {total:.3f}, the seconds of the video"
+    end = total if stop is None else stop
+    # 1 ms of grace: this message, like most players, shows times in milliseconds.
+    if not (math.isfinite(start) and math.isfinite(end) and 0 <= start < min(end, total) and end <= total + 1e-3):
+        raise VideoError(f"no frames lie in the range {given}; {allowed}; move the range inside it, or loop the clip")
+    return min(end, total)
+
+
+def _file(path: str | Path) -> Path:
+    path = Path(path)
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise VideoError(
+            f"video {path} cannot be found ({error.strerror}); allowed: a video file that exists; check the name"
+        ) from None
+    if stat.S_ISDIR(status.st_mode):
+        raise VideoError(f"video {path} is a directory; allowed: one file; name the file inside it")
+    if not stat.S_ISREG(status.st_mode):
+        raise VideoError(
+            f"video {path} is a device or a pipe; allowed: a regular file; write the video to a file first"
+        )
+    if status.st_size == 0:
+        raise VideoError(f"video {path} is empty (0 bytes); allowed: a complete video file; copy or download it again")
+    return path
+
+
+def _lost(info: VideoInfo, index: int, before: int) -> VideoError:
+    seconds = float(info.ticks[index] * info.tick_seconds)
+    reached = f"decoding ended after frame {before}" if before >= 0 else "no frame before it could be decoded"
+    return VideoError(
+        f"video {info.path}: frame {index} of {info.frames} ({seconds:.3f} s, counted from 0) is missing: {reached};"
+        " allowed: the complete file that was probed; copy it again"
+    )
