@@ -21,6 +21,7 @@ from launch.config import (
     VideoConfig,
 )
 from launch.errors import ConfigError
+from launch.models.base import VisualPlan
 from launch.preflight import method_of, planned_frames, preflight
 from launch.progress import Log
 from launch.records import RankRecord
@@ -102,7 +103,7 @@ def test_every_reducer_keeps_the_same_tokens_on_any_number_of_ranks(
 def test_windows_do_not_depend_on_ranks_and_ranks_cover_every_frame_once() -> None:
     for frames, window, group_size, world in ((21, 8, 1, 2), (21, 8, 1, 5), (9, 4, 2, 3), (1, 16, 2, 4), (64, 4, 1, 3)):
         grid = (-(-frames // group_size), 2, 2)
-        plan = type("Plan", (), {"frames": frames, "frames_per_group": group_size, "grid": grid})()
+        plan = VisualPlan(frames=frames, frames_per_group=group_size, height=1, width=1, grid=grid)
         cut = Windows.cut(plan, window, build("uniform"), Budget.ratio(0.5))
         assert [f for first, last in cut.frames for f in range(first, last)] == list(range(frames))
         assert all(first % group_size == 0 for first, _ in cut.frames)
