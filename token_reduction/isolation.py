@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from token_reduction.rows import UnitRows, blocks
+from token_reduction.rows import UnitRows, blocks, pack, unpack
 from tokenring.transport import Transport
 
 _CANDIDATES = 16
@@ -52,7 +52,7 @@ def most_isolated(rows: UnitRows, index: Tensor, transport: Transport, strides: 
     probes = max(1, _FIRST_PROBES // transport.world)
     while True:
         own = race.offer(best, max(1, _CANDIDATES // transport.world), probes)
-        everyone = torch.cat(transport.all_gather(own))
+        everyone = torch.cat(unpack(torch.cat(transport.all_gather(own)), 3), 1)
         candidates = everyone[everyone[:, 0] == 1]
         if candidates.shape[0] == 0:
             assert best is not None
@@ -91,7 +91,7 @@ class _Race:
                 self.bound[side] = torch.minimum(self.bound[side], distance)
 
     def offer(self, best: Found | None, candidates: int, probes: int) -> Tensor:
-        """Rows (m, 3 + D) to be sent: [1, index, half, row...] of candidates, [0, ...] of probes."""
+        """Rows to be sent, packed: [1, index, half, row...] of candidates, [0, ...] of probes."""
         if best is not None:
             bound, index = self.bound[self.alive], self.index[self.alive]
             self.alive = self.alive[(bound > best.distance) | ((bound == best.distance) & (index < best.index))]
@@ -101,7 +101,7 @@ class _Race:
         which = torch.cat([top, picked])
         kind = torch.cat([torch.ones_like(top), torch.zeros_like(picked)])
         head = torch.stack([kind.double(), self.index[which].double(), self.rows.half[which]], 1)
-        return torch.cat([head, self.rows.take(which)], 1)
+        return pack(head, self.rows.take(which))
 
     def lower_bounds(self, probes: Tensor) -> None:
         """Compare the rows still in the race with the probes."""

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from tokenring.transport import Transport
 
-_MAGIC = 1.5 * 2.0**27  # adding and subtracting it rounds a double of size <= 1 to a multiple of 2^-25
+_STEPS = 2.0**25
+_MAGIC = 6.0 * _STEPS  # adding and subtracting it rounds a double of size <= 1 to a multiple of 2^-25
 
 
 def pair_sum(values: Tensor) -> Tensor:
@@ -108,3 +109,15 @@ class UnitRows:
             part = slice(first, last)
             rows = part if which is None else which[part]
             yield part, torch.addmm(half, self.take(rows), turned, alpha=-1).add_(self.half[rows, None])
+
+
+def pack(head: Tensor, unit: Tensor) -> Tensor:
+    """Numbers (m, c) float64 and unit rows (m, D) as one int32 tensor (m, 2 c + D) for the wire; loses nothing."""
+    numbers = head.reshape(-1).view(torch.int32).reshape(head.shape[0], 2 * head.shape[1])
+    return torch.cat([numbers, (unit * _STEPS).to(torch.int32)], 1)
+
+
+def unpack(packed: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Head (m, columns) and unit rows (m, D), both float64, as they were packed."""
+    head = packed[:, : 2 * columns].reshape(-1).view(torch.float64).reshape(packed.shape[0], columns)
+    return head, packed[:, 2 * columns :].double() / _STEPS

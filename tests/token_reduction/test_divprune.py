@@ -97,6 +97,9 @@ def test_released_takes_tokens_again_where_only_duplicates_are_left():
     x = torch.eye(3).repeat(2, 1)
     assert keep(build("divprune", variant="released"), x, Budget.count(5)) == [0, 0, 0, 1, 2]
     assert keep(build("divprune", variant="released"), x, Budget.count(3)) == [0, 1, 2]
+    again = build("divprune", variant="released").reduce(one(x[:5]), Budget.count(5))
+    assert again.index.tolist() == [0, 0, 0, 1, 2]
+    assert again.scores.tolist() == [1.0, 1.0, 1.0, 0.0, 0.0]  # the first time counts
     assert keep(build("divprune", variant="paper"), x, Budget.count(5)) == [0, 1, 2, 3, 4]
 
 

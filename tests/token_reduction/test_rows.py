@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from token_reduction.rows import UnitRows, cosine, item_mean, pair_sum
+from token_reduction.rows import UnitRows, cosine, item_mean, pack, pair_sum, unpack
 from tokenring import run_local
 from tokenring.transport import connect
 
@@ -64,3 +64,15 @@ def test_the_mean_has_the_same_bits_on_any_partition(scale):
     for mean in run_local(4, lambda group: item_mean(cuts[group.rank()], 101, connect(group))):
         assert bool((mean == alone).all())
     assert item_mean(torch.zeros(4, 2), 4, connect(None)).tolist() == [0.0, 0.0]
+
+
+def test_rows_on_the_wire_lose_nothing():
+    units = UnitRows(torch.cat([torch.randn(50, 7, generator=torch.Generator().manual_seed(0)), -torch.eye(7)]))
+    head = torch.stack(
+        [units.half, torch.arange(57.0, dtype=torch.float64), torch.full_like(units.half, -torch.inf)], 1
+    )
+    packed = pack(head, units.take(slice(None)))
+    assert packed.dtype == torch.int32
+    again, rows = unpack(packed, 3)
+    assert bool((again == head).all())
+    assert bool((rows == units.take(slice(None))).all())

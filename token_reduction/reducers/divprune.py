@@ -8,9 +8,9 @@ Source: DivPrune, "Diversity-based Visual Token Pruning for Large Multimodal Mod
 
 The greedy loop needs one comparison of every token with every kept one: k n D products. It is run here in rounds. Distances
 to the kept set only ever shrink, so an old value is an upper bound. A round brings all tokens up to date (one matrix product
-with the tokens kept last round), puts the farthest ones of every rank in a small pool, and then chooses inside the pool as
-long as its best beats the farthest token outside. Same choice as token by token; the pool's rows are the only features that
-travel, and one collective serves many choices. All distances are exact (`rows.UnitRows`), hence the same on any partition.
+with the tokens kept last round), puts the farthest of all ranks in a small pool, and then chooses inside the pool as long as
+its best beats the farthest token outside. Same choice as token by token; the pool's rows are the only features that travel,
+and two small collectives serve many choices. All distances are exact (`rows.UnitRows`), hence the same on any partition.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 from token_reduction.isolation import most_isolated
 from token_reduction.reducer import Reducer, refuse_unfinite
 from token_reduction.reduction import Reduction
-from token_reduction.rows import UnitRows, item_mean
+from token_reduction.rows import UnitRows, item_mean, pack, unpack
 from token_reduction.tokens import TokenShard
 from tokenring.transport import Transport
 
@@ -107,7 +107,7 @@ class _Greedy:
         self.keep(chosen[0], [min(first.distance, _FARTHEST)], first.row[None], first.half[None])
         left, pool_size = count - 1, _SMALLEST_POOL
         while left > 0:
-            pool = self.pool(max(1, pool_size // transport.world), transport)
+            pool = self.pool(pool_size, transport)
             picks, distance = pool.choose(left, self.again)
             chosen.append(pool.index[picks])
             self.keep(chosen[-1], distance, pool.q[picks], pool.half[picks])
@@ -124,27 +124,30 @@ class _Greedy:
             self.distance[part] = torch.minimum(self.distance[part], fresh.amin(1))
 
     def pool(self, size: int, transport: Transport) -> _Pool:
-        """The `size` farthest rows of every rank, and the farthest that stayed out, on every rank alike."""
+        """The `size` farthest rows of all ranks, and how far the farthest that stayed out is, on every rank alike."""
         distance = self.distance if self.again else self.distance.masked_fill(self.taken, -math.inf)
         order = torch.sort(distance, descending=True, stable=True).indices[: size + 1]
-        kind = (torch.arange(order.numel(), device=order.device) < size).double()
-        head = torch.stack([kind, self.index[order].double(), self.rows.half[order], distance[order]], 1)
-        packed = torch.cat(transport.all_gather(torch.cat([head, self.rows.take(order)], 1)))
-        return _Pool(packed[packed[:, 0] == 1], packed[packed[:, 0] == 0])
+        offer = torch.stack([distance[order], -self.index[order].double()], 1)
+        ranking = sorted(torch.cat(transport.all_gather(offer)).tolist(), reverse=True)
+        bar = tuple(ranking[size]) if len(ranking) > size else (-math.inf, -math.inf)
+        above = (offer[:, 0] > bar[0]) | ((offer[:, 0] == bar[0]) & (offer[:, 1] > bar[1]))
+        mine = order[above]
+        head = torch.stack([self.index[mine].double(), self.rows.half[mine], distance[mine]], 1)
+        return _Pool(*unpack(torch.cat(transport.all_gather(pack(head, self.rows.take(mine)))), 3), bar)
 
 
 class _Pool:
     """A few tokens with everything the greedy loop needs to know about them.
 
     Args:
-        inside, outside: rows [kind, global index, half, distance, q...]; `outside` holds the farthest token that each rank
-            left out, if any.
+        head: (m, 3) global index, half and distance of each; q: (m, D) their unit rows.
+        bar: (distance, -index) of the farthest token outside; a choice must beat it.
     """
 
-    def __init__(self, inside: Tensor, outside: Tensor) -> None:
-        inside = inside[torch.argsort(inside[:, 1])]  # by index, so that arg-max finds the lowest on ties
-        self.index, self.half, self.distance, self.q = inside[:, 1].long(), inside[:, 2], inside[:, 3], inside[:, 4:]
-        self.bar = max(((d, -i) for i, d in outside[:, [1, 3]].tolist()), default=(-math.inf, -math.inf))
+    def __init__(self, head: Tensor, q: Tensor, bar: tuple[float, ...]) -> None:
+        order = head[:, 0].argsort()  # by index, so that arg-max finds the lowest on ties
+        self.index, self.half, self.distance = head[order, 0].long(), head[order, 1], head[order, 2]
+        self.q, self.bar = q[order], bar
 
     def choose(self, limit: int, again: bool) -> tuple[list[int], list[float]]:
         """Up to `limit` greedy choices with their distances, as long as no token outside can be farther; at least one."""
