@@ -20,7 +20,7 @@ import numpy as np
 
 from launch.video import VideoError, VideoInfo
 
-_HEADER_STATES_LENGTH = {"mov", "matroska", "webm", "avi", "flv", "asf"}
+_HEADER_STATES_LENGTH = {"mov", "matroska", "webm", "avi", "flv", "asf", "ivf"}
 _SHORTFALL = 0.5
 """Seconds a file may end before the length its header states and still count as whole: headers round."""
 _BACK_OFF = (0, 1, 4, 16, 64)
@@ -34,6 +34,7 @@ class _Walk:
     stamps: array = field(default_factory=lambda: array("q"))
     packets: int = 0
     stamped: bool = True
+    entered: bool = False
     key: int | None = None
     latest: tuple[int, int] = (-(2**63), 0)
     end: float = 0.0
@@ -52,7 +53,7 @@ def scan(path: Path) -> VideoInfo:
         rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
     if walk.stamped:
         stamps = np.unique(np.frombuffer(walk.stamps, dtype=np.int64))
-        stamps = stamps[stamps >= walk.key] if walk.key is not None else stamps[:0]
+        stamps = stamps[stamps >= walk.key] if walk.entered else stamps[:0]
         ticks, origin = _compact(stamps - stamps[:1]), int(stamps[0]) if len(stamps) else 0
     else:
         ticks, origin, base = range(walk.packets), None, 1 / rate
@@ -124,11 +125,13 @@ def _decode(info: VideoInfo, entry: int | None, threads: int) -> Iterator[tuple[
             # A format that cannot be entered in the middle is read from its start.
             with suppress(av.error.FFmpegError):
                 container.seek(info.origin + entry, stream=stream)
-        count = 0
+        count, entered = 0, False
         # The reader of the frames knows which one it lacks and says so: here decoding just ends where it fails.
         with suppress(av.error.FFmpegError):
             for packet in container.demux(stream):
-                for frame in packet.decode():
+                # Before its first key frame a decoder has nothing to build on; some raise on what precedes it.
+                entered |= packet.is_keyframe
+                for frame in packet.decode() if entered else ():
                     if info.origin is None:
                         yield count, frame
                         count += 1
@@ -157,9 +160,11 @@ def _walk(container: Any, stream: Any, path: Path) -> _Walk:
 
 def _note(walk: _Walk, packet: Any, hidden: bool) -> None:
     walk.cut = packet.is_corrupt
+    if not (walk.entered or packet.is_keyframe):
+        return
+    if not walk.entered:
+        walk.entered, walk.key = True, packet.pts
     walk.stamped &= packet.pts is not None
-    if packet.is_keyframe and walk.key is None:
-        walk.key = packet.pts
     # VP8 stores pictures that are only leaned on, never shown, as packets of their own (bit 4 of the first byte).
     if packet.is_discard or hidden:
         return

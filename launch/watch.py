@@ -24,7 +24,7 @@ from launch.stages import Stages
 from launch.video import FramePlan, read
 from token_reduction import Budget, Reducer, Reduction, VisualTokens, reduce_distributed, split_budget, windows
 
-ENCODE_FRAMES = 8
+ENCODE_FRAMES = 4
 """Frames decoded and encoded at a time."""
 
 SAMPLES = 6

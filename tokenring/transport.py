@@ -45,7 +45,10 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Event:
-    """One thing a rank did. Times are `time.perf_counter()` seconds; kind: compute, send, receive, wait or merge."""
+    """One thing a rank did, in seconds of `time.perf_counter()`.
+
+    kind: compute, merge, wait (nothing else could be done), or send (under way: from its posting to the end of the wait for it).
+    """
 
     kind: str
     start: float
@@ -72,6 +75,7 @@ class Transport:
         self.poison: str | None = None
         self._traffic: list[Traffic] = []
         self._traces: list[Trace] = []
+        self._leaving: dict[tuple[int, int], list[tuple[float, int, int]]] = {}
 
     # -- the three verbs -------------------------------------------------------------------------------------------
 
@@ -89,8 +93,7 @@ class Transport:
                 table = traffic.control if control else traffic.sent
                 table[(self.rank, peer)] = table.get((self.rank, peer), 0) + size
             if self._traces and not control:
-                now = time.perf_counter()
-                self.record(Event("send", now, now, step, peer, size))
+                self._leaving.setdefault((lane, step), []).append((time.perf_counter(), peer, size))
         self._push(lane, step, sends)
 
     def wait(self, lane: int, step: int) -> None:
@@ -101,8 +104,11 @@ class Transport:
         except TransportError as error:
             self.poison = str(error)
             raise
+        stop = time.perf_counter()
+        for pushed, peer, size in self._leaving.pop((lane, step), ()):
+            self.record(Event("send", pushed, stop, step, peer, size))
         if self._traces:
-            self.record(Event("wait", start, time.perf_counter(), step))
+            self.record(Event("wait", start, stop, step))
 
     def _open(self, lane: int, step: int, receives: Sequence[Message]) -> None:
         raise AssertionError("a transport implements _open")

@@ -7,6 +7,9 @@ m and s (576,) are the mean and spread of each column of the language model's em
 text rows to its first norm. No package holds a trained vision-language projector; the demo's words about a picture therefore
 mean nothing, while everything else (decoding, encoding, reduction, positions, prefill, cache, decoding of tokens) is real.
 
+Frames are squashed to the encoder's square, so that every token sees picture and none a black bar; a report's cells then lie
+where the picture is. (The encoder's own package letterboxes: on a 16:9 video 7 of 16 rows of tokens would be bars.)
+
 Reducers see x, the projected rows, as DivPrune defines it and as the trained families do; W keeps angles between features up
 to a few hundredths. Channels: `cls_attn` and `keys` of the encoder's last block.
 """
@@ -58,7 +61,8 @@ class DemoAdapter(TextSide):
 
         folder = Path(assets.demo_dir())
         model = load_model(AutoModelForCausalLM, folder / "smollm2", dtype, device)
-        return cls(encoder.load(folder / "vit.safetensors", device=device), model, load_tokenizer(folder / "smollm2"))
+        vit = encoder.load(folder / "vit.safetensors", fit="squash", device=device)
+        return cls(vit, model, load_tokenizer(folder / "smollm2"))
 
     def visual_plan(self, frames: int, height: int, width: int) -> VisualPlan:
         """See Adapter. Every frame becomes 224 x 224 pixels and 16 x 16 tokens."""
