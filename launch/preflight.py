@@ -53,7 +53,7 @@ def method_of(config: ReduceConfig) -> tuple[Reducer, Budget]:
         name, budget = parse(config.spec)
         return build(name), budget
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(f"reduce.spec is {config.spec!r}: {error}") from error
 
 
 def planned_frames(config: VideoConfig) -> FramePlan:

@@ -8,10 +8,11 @@ away, because a broken group must not leak into the next test.
 from __future__ import annotations
 
 import multiprocessing as mp
-import socket
+import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 MAX_WORLD = 8
@@ -59,26 +60,24 @@ class Pool:
 
     def _start(self) -> None:
         context = mp.get_context("spawn")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        store = Path(tempfile.mkdtemp(prefix="pool-")) / "store"
         for rank in range(MAX_WORLD):
             mine, theirs = context.Pipe()
-            worker = context.Process(target=_work, args=(rank, port, theirs), daemon=True)
+            worker = context.Process(target=_work, args=(rank, store, theirs), daemon=True)
             worker.start()
             theirs.close()
             self._pipes.append(mine)
             self._workers.append(worker)
 
 
-def _work(rank: int, port: int, pipe: Any) -> None:
+def _work(rank: int, store: Path, pipe: Any) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     limit = timedelta(seconds=TASK_SECONDS)
     dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=MAX_WORLD, timeout=limit
+        "gloo", store=dist.FileStore(str(store), MAX_WORLD), rank=rank, world_size=MAX_WORLD, timeout=limit
     )
     groups = {world: dist.new_group(list(range(world)), timeout=limit) for world in range(1, MAX_WORLD + 1)}
     while True:

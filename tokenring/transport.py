@@ -259,7 +259,14 @@ def count_traffic(group: Any) -> Iterator[Traffic]:
 
 @contextmanager
 def trace(group: Any) -> Iterator[Trace]:
-    """Collect what this rank does inside the block: compute, send, wait and merge events with times."""
+    """Collect what this rank does inside the block: compute, send, wait and merge events with times.
+
+    For one rank alone, make the transport once and give it here and to `attention`: `alone = connect(None)`.
+    """
+    if group is None:
+        raise ValueError(
+            "trace got no group; for one rank alone give `alone = connect(None)` here and as group= of the calls"
+        )
     runtime, record = connect(group), Trace()
     runtime._traces.append(record)
     try:

@@ -20,10 +20,7 @@ def uneven(group: Any) -> tuple:
     rank, world = runtime.rank, runtime.world
     rows = torch.full((rank % 3, 2), rank, dtype=torch.int64)
     gathered = runtime.all_gather(rows)
-    parts = [
-        torch.full(((p + rank) % 2 * 3,), 10.0 * rank + p)
-        for p in range(world)
-    ]
+    parts = [torch.full(((p + rank) % 2 * 3,), 10.0 * rank + p) for p in range(world)]
     swapped = runtime.all_to_all(parts)
     flags = runtime.all_gather(torch.tensor([rank > 1]), same_shape=True)
     told = runtime.broadcast(torch.tensor([rank]), world - 1)
@@ -156,3 +153,13 @@ def test_groups_that_are_no_groups_are_refused() -> None:
         LocalWorld(0)
     with pytest.raises(ValueError, match="give one part for each rank"):
         connect(None).all_to_all([])
+
+
+def test_one_rank_alone_can_be_traced_through_its_transport() -> None:
+    alone = connect(None)
+    q = torch.randn(1, 5, 2, 8)
+    with tr.trace(alone) as trace:
+        tr.attention(q, q, q, group=alone)
+    assert [event.kind for event in trace.events] == ["compute"]
+    with pytest.raises(ValueError, match="trace got no group"), tr.trace(None):
+        pass

@@ -1,0 +1,393 @@
+"""The command: exit codes, one line on standard error, nothing but the result on standard output, folders whole or absent."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import runner
+from launch.cli import main
+from launch.config import OutputConfig, RunConfig, VideoConfig
+from launch.engines.base import Outcome
+from launch.engines.rendezvous import discover, join
+from launch.errors import ConfigError, Failure, Interrupted, RunFailed
+from launch.output import RunFolder, check_target
+from launch.progress import FileSink, Log, Relay, Screen
+from launch.records import RankRecord
+
+ROOT = Path(__file__).parents[2]
+ENTRIES = "tests.launch.fake_entries"
+KEYS = {
+    *("version", "hardware", "ranks", "engine", "schedule", "frames", "tokens_before", "tokens_after", "text"),
+    *("tokens_per_rank", "cache_bytes_per_rank", "peak_bytes_per_rank", "bytes_sent", "generated_ids", "seconds"),
+    "verify",
+}
+
+
+@pytest.fixture(autouse=True)
+def importable_by_ranks(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+def command(entry, *arguments):
+    return [sys.executable, "-m", ENTRIES, entry, *arguments]
+
+
+class InProcess:
+    """An engine without processes: the entry's record, or a failure, as if ranks had left it."""
+
+    name = "torchrun"
+
+    def __init__(self, failure=None):
+        self.failure = failure
+
+    def start(self, config, nproc, run_dir, entry, *, sink=None, started=0.0):
+        (run_dir / "logs").mkdir()
+        (run_dir / "logs" / "rank-0.log").write_text("what rank 0 printed")
+        if self.failure is not None:
+            return Outcome((), self.failure)
+        sink({"stage": "encode"})
+        print("an engine prints")
+        os.write(1, b"a C library prints\n")
+        verify = {"max_logit_diff": 1.0, "tolerance": 1e-4, "same_tokens": False} if config.output.verify else None
+        made = tuple(
+            RankRecord(rank=rank, world=nproc, frames=2, generated_ids=[7], text="a hare", verify=verify)
+            for rank in range(nproc)
+        )
+        for record in made:
+            path = run_dir / "records" / f"rank-{record.rank}.json"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(record.to_json())
+        return Outcome(made, None)
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    def use(failure=None):
+        monkeypatch.setattr("launch.engines.build", lambda name: InProcess(failure))
+
+    use()
+    return use
+
+
+def run(*arguments):
+    return main(["run", *arguments], entry=f"{ENTRIES}:adds")
+
+
+def complaint(capfd):
+    """The one line on standard error; standard output is empty."""
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--nproc", "2"], ["no video"]),
+        (["a.mp4", "--nproc", "0"], ["engine.nproc", "1 or more"]),
+        (["a.mp4", "--nproc", "two"], ["--nproc"]),
+        (["a.mp4", "--nprocs", "2"], ["--nprocs"]),
+        (["a.mp4", "--prompt"], ["--prompt"]),
+        (["a.mp4", "--attention", "anchor"], ["anchor", "exact"]),
+        (["a.mp4", "--schedule", "rings"], ["rings", "auto, ring, tokenring, gather"]),
+        (["a.mp4", "--engine", "slurm"], ["slurm", "torchrun, ray, mpi"]),
+        (["a.mp4", "--top-k", "4"], ["top_k", "temperature"]),
+        (["a.mp4", "--fps", "2", "--frames", "4"], ["choose one"]),
+        (["a.mp4", "--set", "engine.nprocs=3"], ["engine.nproc"]),
+        (["a.mp4", "--config", "none.yaml"], ["none.yaml"]),
+        (["a.mp4", "--overwrite"], ["--out"]),
+    ],
+)
+def test_a_wrong_setting_is_one_line_and_exit_code_2(arguments, words, capfd):
+    assert run(*arguments) == 2
+    line = complaint(capfd)
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "words"),
+    [
+        (None, [], ["none.mp4"]),
+        (b"no video at all", [], ["none.mp4"]),
+        (None, ["--reduce", "divprun:0.1"], ["divprun"]),
+        (None, ["--reduce", "divprune:0"], ["at least 1", "got 0"]),
+    ],
+)
+def test_bad_input_is_found_before_any_rank_starts(make, arguments, words, tmp_path, monkeypatch, capfd):
+    def refuse(name):
+        raise AssertionError("an engine was started")
+
+    monkeypatch.setattr("launch.engines.build", refuse)
+    video = tmp_path / "none.mp4"
+    if make is not None:
+        video.write_bytes(make)
+    assert main(["run", str(video), *arguments]) == 2
+    line = complaint(capfd)
+    for word in words:
+        assert word in line
+
+
+def test_an_unknown_command_and_no_saved_run_are_exit_code_2(tmp_path, capfd):
+    assert main(["rnu"]) == 2
+    complaint(capfd)
+    assert main(["report", str(tmp_path)]) == 2
+    assert str(tmp_path) in complaint(capfd)
+
+
+def test_json_is_one_object_and_alone_on_standard_output(engine, capfd):
+    assert run("a.mp4", "--nproc", "3", "--json") == 0
+    out, err = capfd.readouterr()
+    report = json.loads(out)
+    assert out.count("\n") == 1
+    assert set(report) >= KEYS
+    assert (report["ranks"], report["generated_ids"], report["verify"]) == (3, [7], None)
+    assert report["config"]["engine.nproc"] == {"value": 3, "from": "--nproc"}
+    for part in ("an engine prints", "a C library prints", "encode", "a hare"):
+        assert part in err
+
+
+def test_a_real_run_prints_json_alone_even_when_ranks_print():
+    done = subprocess.run(
+        command("adds", "run", "a.mp4", "--json", "--quiet"), cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["ranks"], report["generated_ids"], report["text"]) == (1, [1, 0], "sum 1")
+    assert done.stderr == ""
+
+
+def test_without_json_the_page_is_on_standard_output_and_progress_is_not(engine, capfd):
+    assert run("a.mp4") == 0
+    out, err = capfd.readouterr()
+    assert "a hare" in out
+    assert "prints" not in out
+    assert "encode" in err
+
+
+def test_a_comparison_that_does_not_hold_is_exit_code_1_with_its_report(engine, tmp_path, capfd):
+    assert run("a.mp4", "--verify", "--json", "--out", str(tmp_path / "o")) == 1
+    out, err = capfd.readouterr()
+    assert json.loads(out)["verify"]["max_logit_diff"] == 1.0
+    assert "verification failed" in err
+    assert (tmp_path / "o" / "report.json").exists()
+
+
+def test_a_failing_rank_is_one_line_and_its_logs_are_kept(tmp_path, capfd):
+    target = tmp_path / "o"
+    code = main(["run", "a.mp4", "--nproc", "3", "--quiet", "--out", str(target)], entry=f"{ENTRIES}:raises_on_2")
+    assert code == 1
+    logs = tmp_path / "o.failed" / "logs"
+    assert complaint(capfd) == f"tokenring: rank 2 of 3: ValueError: frame 7 is bad, as said (logs: {logs})\n"
+    assert "frame 7 is bad" in (logs / "rank-2.log").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["o.failed"]
+    assert len(list((logs.parent / "failures").iterdir())) > 1, "the others were to fail as victims"
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [
+        ({"rank": -1, "kind": "timeout", "name": "timed out", "message": "no result after 5 s"}, 124),
+        ({"rank": 0, "kind": "exception", "name": "VideoError", "message": "cut at frame 9", "bad_input": True}, 2),
+        ({"rank": 1, "kind": "signal", "name": "SIGKILL"}, 1),
+    ],
+)
+def test_the_exit_code_says_how_it_ended(engine, failure, code, capfd):
+    engine(Failure(world=4, **failure))
+    assert run("a.mp4", "--quiet") == code
+    assert failure["name"] in complaint(capfd)
+
+
+def test_out_appears_whole_and_report_renders_it_again(engine, tmp_path, capfd):
+    target = tmp_path / "deep" / "o"
+    assert run("a.mp4", "--nproc", "2", "--out", str(target), "--json") == 0
+    first = json.loads(capfd.readouterr().out)
+    names = {path.name for path in target.iterdir()}
+    assert {"report.json", "report.txt", "records", "logs", "run.json"} <= names
+    assert [path.name for path in target.parent.iterdir()] == ["o"]
+    assert json.loads((target / "report.json").read_text()) == first
+    (target / "report.json").unlink()
+    (target / "report.txt").unlink()
+    assert main(["report", str(target), "--json"]) == 0
+    assert json.loads(capfd.readouterr().out) == first
+    assert json.loads((target / "report.json").read_text()) == first
+    assert main(["report", str(target)]) == 0
+    assert capfd.readouterr().out == (target / "report.txt").read_text()
+
+
+def test_an_earlier_run_is_replaced_only_when_asked(engine, tmp_path, capfd):
+    target = tmp_path / "o"
+    assert run("a.mp4", "--out", str(target)) == 0
+    (target / "mine.txt").write_text("kept until replaced")
+    capfd.readouterr()
+    assert run("a.mp4", "--out", str(target)) == 2
+    assert "--overwrite" in complaint(capfd)
+    engine(Failure(rank=0, world=1, kind="exit", name="ended"))
+    assert run("a.mp4", "--out", str(target), "--overwrite") == 1
+    assert (target / "mine.txt").exists(), "a failed run must leave the earlier one alone"
+    engine()
+    assert run("a.mp4", "--out", str(target), "--overwrite", "--nproc", "2") == 0
+    assert not (target / "mine.txt").exists()
+    assert json.loads((target / "report.json").read_text())["ranks"] == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"o", "o.failed"}
+
+
+def test_foreign_files_are_never_replaced(engine, tmp_path, capfd, monkeypatch):
+    foreign = tmp_path / "theirs"
+    foreign.mkdir()
+    (foreign / "letter.txt").write_text("x")
+    for extra in ([], ["--overwrite"]):
+        assert run("a.mp4", "--out", str(foreign), *extra) == 2
+        assert "no run of ours" in complaint(capfd)
+    assert run("a.mp4", "--out", str(foreign / "letter.txt")) == 2
+    complaint(capfd)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="current folder"):
+        check_target(".", False)
+    assert [path.name for path in foreign.iterdir()] == ["letter.txt"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Interrupted(signal.SIGTERM), ConfigError("no")])
+def test_an_interrupted_run_leaves_nothing(error, tmp_path):
+    with pytest.raises(type(error)), RunFolder(str(tmp_path / "o")) as folder:
+        (folder.path / "half").write_text("x")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_run_without_out_names_a_folder_that_exists(engine):
+    engine(Failure(rank=0, world=1, kind="exit", name="ended"))
+    with pytest.raises(RunFailed) as caught:
+        runner.run(RunConfig(video=VideoConfig(paths=("a",)), output=OutputConfig()), entry=f"{ENTRIES}:adds")
+    assert (caught.value.logs / "rank-0.log").read_text() == "what rank 0 printed"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_every_rank_and_leaves_no_folder(number, code, tmp_path):
+    arguments = command("hangs", "run", "a.mp4", "--nproc", "2", "--out", str(tmp_path / "o"))
+    process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr.readline() == "forever\n"
+    ranks = [int(path.read_text()) for path in tmp_path.glob(".o.partial-*/pids/*")]
+    assert len(ranks) == 2
+    process.send_signal(number)
+    sent = time.monotonic()
+    assert process.wait(30) == code
+    assert time.monotonic() - sent < 10
+    assert process.stderr.read() == f"tokenring: stopped by {number.name}\n"
+    assert list(tmp_path.iterdir()) == []
+    assert [rank for rank in ranks if Path(f"/proc/{rank}").exists()] == []
+
+
+def test_an_outside_torchrun_of_two_nodes_makes_the_command_a_rank(tmp_path):
+    # The store of the two agents: a file would need no port, but torchrun's static rendezvous takes one.
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node)]
+            + ["--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port)]
+            + ["-m", ENTRIES, "adds", "run", "a.mp4", "--json", "--out", str(tmp_path / "o")],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    (first, error), (second, _) = [node.communicate(timeout=120) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], error
+    report = json.loads(first)
+    assert second == ""
+    assert (report["ranks"], report["engine"], report["generated_ids"]) == (2, "torchrun", [3, 0])
+    assert report["bytes_sent"] == [[0, 7], [7, 0]]
+    assert report["config"]["engine.nproc"] == {"value": 2, "from": "launcher torchrun"}
+    assert json.loads((tmp_path / "o" / "report.json").read_text()) == report
+
+
+def test_an_outside_mpirun_makes_the_command_a_rank_and_names_who_failed():
+    from launch.engines.mpi import find_mpirun, options
+
+    start = [find_mpirun(), *options(find_mpirun(), 3)]
+    done = subprocess.run(
+        [*start, *command("raises_on_2", "run", "a.mp4", "--quiet")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert done.stdout.strip() == ""
+    assert "tokenring: rank 2 of 3: ValueError: frame 7 is bad, as said\n" in done.stderr
+
+
+def test_flags_that_contradict_an_outside_launcher_are_refused(monkeypatch, capfd):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert discover().world == 4
+    assert run("a.mp4", "--nproc", "2") == 2
+    assert "4 ranks" in complaint(capfd)
+    assert run("a.mp4", "--engine", "ray") == 2
+    assert "--engine" in complaint(capfd)
+    with pytest.raises(ConfigError, match="MASTER_ADDR and MASTER_PORT not"):
+        join(discover(), device="cpu", timeout=5.0)
+
+
+def test_help_is_there_in_a_second_and_loads_no_torch():
+    code = "import sys, launch.cli; launch.cli.main(['run', '--help']); print('torch' in sys.modules)"
+    started = time.process_time(), time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.rstrip().endswith("False")
+    assert "--max-new-tokens" in done.stdout
+    assert time.monotonic() - started[1] < 5, "a bound for a loaded machine; idle it takes a quarter of a second"
+
+
+def test_progress_from_a_file_reaches_the_screen_as_plain_lines(tmp_path):
+    import io
+
+    log = Log(FileSink(tmp_path / "p"))
+    log.stage("encode")
+    log.progress(1, 4)
+    log.line("two\nlines")
+    log.close()
+    out = io.StringIO()
+    with Screen(out) as screen:
+        relay = Relay(screen)
+        relay.poll(tmp_path / "p")
+        relay.poll(tmp_path / "p")
+    assert out.getvalue() == "encode\ntwo lines\n"
+    assert relay.stage == "encode"
+
+
+def test_bars_on_a_terminal_show_stage_and_counts():
+    import io
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    out = Terminal()
+    with Screen(out) as screen:
+        for message in ({"stage": "encode"}, {"done": 2, "total": 4}, {"line": "[red]as is"}, {"stage": "decode"}):
+            screen(message)
+    for part in ("encode", "decode", "4/4", "[red]as is"):
+        assert part in out.getvalue()
+
+
+def test_stage_times_add_up_and_start_at_the_shared_origin():
+    log = Log(origin=time.perf_counter() - 100)
+    for name in ("read", "encode", "read"):
+        log.stage(name)
+    log.close()
+    assert list(log.seconds_per_stage()) == ["read", "encode"]
+    assert [event["name"] for event in log.stage_events()] == ["read", "encode", "read"]
+    assert all(event["start"] >= 100 for event in log.stage_events())
