@@ -110,14 +110,9 @@ def merge(
 ) -> dict[str, Any]:
     """All records as the report object.
 
-    Args:
-        records: one a rank, any order.
-        engine: what started the ranks.
-        config: dotted name -> {"value", "from"}, see `launch.settings.described`.
-        seconds: times of the whole run that no rank knows, such as {"total": ...}.
-
-    Raises:
-        ValueError: a rank is missing, or ranks disagree about the result (then something is broken, not the input).
+    `records` one a rank, in any order; `engine` what started them; `config` dotted name -> {"value", "from"} as
+    `launch.settings.described` gives; `seconds` times of the whole run that no rank knows, such as {"total": ...}.
+    Raises ValueError where a rank is missing or ranks disagree about the result: something is broken, not the input.
     """
     ordered = sorted(records, key=lambda record: record.rank)
     _check_agreement(ordered)
@@ -152,11 +147,16 @@ def merge(
 
 
 def verified(report: Mapping[str, Any]) -> bool:
-    """False when a comparison ran and did not hold. A `passed` key of the comparison decides; else the tolerance does."""
+    """False when a comparison ran and did not hold.
+
+    Where the comparison has verdicts of its own (keys that end in `within_tolerance`) all of them must be true; otherwise
+    the difference must be at most the tolerance. A difference that is not a number never holds.
+    """
     verify = report["verify"]
     if verify is None:
         return True
-    return bool(verify.get("passed", float(verify["max_logit_diff"]) <= float(verify["tolerance"])))
+    verdicts = [bool(value) for name, value in verify.items() if name.endswith("within_tolerance")]
+    return all(verdicts) if verdicts else float(verify["max_logit_diff"]) <= float(verify["tolerance"])
 
 
 def pack_image(image: np.ndarray, longest: int = 256) -> dict[str, Any]:

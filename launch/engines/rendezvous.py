@@ -75,15 +75,21 @@ def discover(environ: Mapping[str, str] | None = None) -> Place | None:
     ]
     if not found:
         return None
+    if len(found) > 1 and _agree(found[0][1], found[1][1]) and "MASTER_ADDR" not in environ:
+        del found[0]  # a left-over RANK that happens to be right; what started this process carries the address
     names, place = found[0]
     nested = place.source == "torchrun" and "TORCHELASTIC_RUN_ID" in environ
     for other_names, other in found[1:]:
-        if other.source == "mpi" and not nested and (other.rank, other.world) != (place.rank, place.world):
+        if other.source == "mpi" and not nested and not _agree(place, other):
             raise ConfigError(
                 f"two launchers disagree: {_pair(names, environ)} but {_pair(other_names, environ)}; "
                 f"unset {names[0]} and {names[1]} if they are left over in the shell"
             )
     return place
+
+
+def _agree(one: Place, other: Place) -> bool:
+    return (one.rank, one.world) == (other.rank, other.world)
 
 
 def _pair(names: tuple[str, ...], environ: Mapping[str, str]) -> str:

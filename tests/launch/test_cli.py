@@ -1,7 +1,6 @@
 """The command: exit codes, one line on standard error, nothing but the result on standard output, folders whole or absent."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,15 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import runner
 from launch.cli import main
-from launch.config import OutputConfig, RunConfig, VideoConfig
-from launch.engines.base import Outcome
 from launch.engines.rendezvous import discover, join
-from launch.errors import ConfigError, Failure, Interrupted, RunFailed
-from launch.output import RunFolder, check_target
-from launch.progress import FileSink, Log, Relay, Screen
-from launch.records import RankRecord
+from launch.errors import ConfigError, Failure
 
 ROOT = Path(__file__).parents[2]
 ENTRIES = "tests.launch.fake_entries"
@@ -36,43 +29,6 @@ def importable_by_ranks(monkeypatch):
 
 def command(entry, *arguments):
     return [sys.executable, "-m", ENTRIES, entry, *arguments]
-
-
-class InProcess:
-    """An engine without processes: the entry's record, or a failure, as if ranks had left it."""
-
-    name = "torchrun"
-
-    def __init__(self, failure=None):
-        self.failure = failure
-
-    def start(self, config, nproc, run_dir, entry, *, sink=None, started=0.0):
-        (run_dir / "logs").mkdir()
-        (run_dir / "logs" / "rank-0.log").write_text("what rank 0 printed")
-        if self.failure is not None:
-            return Outcome((), self.failure)
-        sink({"stage": "encode"})
-        print("an engine prints")
-        os.write(1, b"a C library prints\n")
-        verify = {"max_logit_diff": 1.0, "tolerance": 1e-4, "same_tokens": False} if config.output.verify else None
-        made = tuple(
-            RankRecord(rank=rank, world=nproc, frames=2, generated_ids=[7], text="a hare", verify=verify)
-            for rank in range(nproc)
-        )
-        for record in made:
-            path = run_dir / "records" / f"rank-{record.rank}.json"
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(record.to_json())
-        return Outcome(made, None)
-
-
-@pytest.fixture
-def engine(monkeypatch):
-    def use(failure=None):
-        monkeypatch.setattr("launch.engines.build", lambda name: InProcess(failure))
-
-    use()
-    return use
 
 
 def run(*arguments):
@@ -189,7 +145,6 @@ def test_a_failing_rank_is_one_line_and_its_logs_are_kept(tmp_path, capfd):
     assert complaint(capfd) == f"tokenring: rank 2 of 3: ValueError: frame 7 is bad, as said (logs: {logs})\n"
     assert "frame 7 is bad" in (logs / "rank-2.log").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["o.failed"]
-    assert len(list((logs.parent / "failures").iterdir())) > 1, "the others were to fail as victims"
 
 
 @pytest.mark.parametrize(
@@ -204,70 +159,6 @@ def test_the_exit_code_says_how_it_ended(engine, failure, code, capfd):
     engine(Failure(world=4, **failure))
     assert run("a.mp4", "--quiet") == code
     assert failure["name"] in complaint(capfd)
-
-
-def test_out_appears_whole_and_report_renders_it_again(engine, tmp_path, capfd):
-    target = tmp_path / "deep" / "o"
-    assert run("a.mp4", "--nproc", "2", "--out", str(target), "--json") == 0
-    first = json.loads(capfd.readouterr().out)
-    names = {path.name for path in target.iterdir()}
-    assert {"report.json", "report.txt", "records", "logs", "run.json"} <= names
-    assert [path.name for path in target.parent.iterdir()] == ["o"]
-    assert json.loads((target / "report.json").read_text()) == first
-    (target / "report.json").unlink()
-    (target / "report.txt").unlink()
-    assert main(["report", str(target), "--json"]) == 0
-    assert json.loads(capfd.readouterr().out) == first
-    assert json.loads((target / "report.json").read_text()) == first
-    assert main(["report", str(target)]) == 0
-    assert capfd.readouterr().out == (target / "report.txt").read_text()
-
-
-def test_an_earlier_run_is_replaced_only_when_asked(engine, tmp_path, capfd):
-    target = tmp_path / "o"
-    assert run("a.mp4", "--out", str(target)) == 0
-    (target / "mine.txt").write_text("kept until replaced")
-    capfd.readouterr()
-    assert run("a.mp4", "--out", str(target)) == 2
-    assert "--overwrite" in complaint(capfd)
-    engine(Failure(rank=0, world=1, kind="exit", name="ended"))
-    assert run("a.mp4", "--out", str(target), "--overwrite") == 1
-    assert (target / "mine.txt").exists(), "a failed run must leave the earlier one alone"
-    engine()
-    assert run("a.mp4", "--out", str(target), "--overwrite", "--nproc", "2") == 0
-    assert not (target / "mine.txt").exists()
-    assert json.loads((target / "report.json").read_text())["ranks"] == 2
-    assert {path.name for path in tmp_path.iterdir()} == {"o", "o.failed"}
-
-
-def test_foreign_files_are_never_replaced(engine, tmp_path, capfd, monkeypatch):
-    foreign = tmp_path / "theirs"
-    foreign.mkdir()
-    (foreign / "letter.txt").write_text("x")
-    for extra in ([], ["--overwrite"]):
-        assert run("a.mp4", "--out", str(foreign), *extra) == 2
-        assert "no run of ours" in complaint(capfd)
-    assert run("a.mp4", "--out", str(foreign / "letter.txt")) == 2
-    complaint(capfd)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="current folder"):
-        check_target(".", False)
-    assert [path.name for path in foreign.iterdir()] == ["letter.txt"]
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), Interrupted(signal.SIGTERM), ConfigError("no")])
-def test_an_interrupted_run_leaves_nothing(error, tmp_path):
-    with pytest.raises(type(error)), RunFolder(str(tmp_path / "o")) as folder:
-        (folder.path / "half").write_text("x")
-        raise error
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_failed_run_without_out_names_a_folder_that_exists(engine):
-    engine(Failure(rank=0, world=1, kind="exit", name="ended"))
-    with pytest.raises(RunFailed) as caught:
-        runner.run(RunConfig(video=VideoConfig(paths=("a",)), output=OutputConfig()), entry=f"{ENTRIES}:adds")
-    assert (caught.value.logs / "rank-0.log").read_text() == "what rank 0 printed"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -349,45 +240,3 @@ def test_help_is_there_in_a_second_and_loads_no_torch():
     assert done.stdout.rstrip().endswith("False")
     assert "--max-new-tokens" in done.stdout
     assert time.monotonic() - started[1] < 5, "a bound for a loaded machine; idle it takes a quarter of a second"
-
-
-def test_progress_from_a_file_reaches_the_screen_as_plain_lines(tmp_path):
-    import io
-
-    log = Log(FileSink(tmp_path / "p"))
-    log.stage("encode")
-    log.progress(1, 4)
-    log.line("two\nlines")
-    log.close()
-    out = io.StringIO()
-    with Screen(out) as screen:
-        relay = Relay(screen)
-        relay.poll(tmp_path / "p")
-        relay.poll(tmp_path / "p")
-    assert out.getvalue() == "encode\ntwo lines\n"
-    assert relay.stage == "encode"
-
-
-def test_bars_on_a_terminal_show_stage_and_counts():
-    import io
-
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    out = Terminal()
-    with Screen(out) as screen:
-        for message in ({"stage": "encode"}, {"done": 2, "total": 4}, {"line": "[red]as is"}, {"stage": "decode"}):
-            screen(message)
-    for part in ("encode", "decode", "4/4", "[red]as is"):
-        assert part in out.getvalue()
-
-
-def test_stage_times_add_up_and_start_at_the_shared_origin():
-    log = Log(origin=time.perf_counter() - 100)
-    for name in ("read", "encode", "read"):
-        log.stage(name)
-    log.close()
-    assert list(log.seconds_per_stage()) == ["read", "encode"]
-    assert [event["name"] for event in log.stage_events()] == ["read", "encode", "read"]
-    assert all(event["start"] >= 100 for event in log.stage_events())

@@ -10,8 +10,11 @@ import pytest
 from launch import plots, report
 from launch.records import RankRecord, merge, pack_image, unpack_image, verified
 
-KEYS = """version hardware ranks engine schedule frames tokens_before tokens_after tokens_per_rank cache_bytes_per_rank
-peak_bytes_per_rank bytes_sent generated_ids text seconds verify""".split()
+KEYS = {
+    *("version", "hardware", "ranks", "engine", "schedule", "frames", "tokens_before", "tokens_after", "text"),
+    *("tokens_per_rank", "cache_bytes_per_rank", "peak_bytes_per_rank", "bytes_sent", "generated_ids", "seconds"),
+    "verify",
+}
 
 
 def record(rank, world=3, **changes):
@@ -62,7 +65,7 @@ def test_merge_orders_ranks_and_keeps_every_number_of_each():
 
 def test_the_report_has_every_promised_key_and_is_json():
     result = merged([record(0, 1)])
-    assert set(KEYS) <= set(result)
+    assert set(result) >= KEYS
     assert result["verify"] is None
     json.dumps(result, allow_nan=False)
 
