@@ -32,7 +32,7 @@ INK, PAPER, IDLE = "#24292f", "#ffffff", "#dadde1"
 LAYERS, ATTENTION, TRANSFER = "#b5d3e7", "#1f6aa5", "#e8912d"
 STAGES = ("#4c78a8", "#72b7b2", "#59a14f", "#edc948", "#f28e2b", "#b07aa1", "#9c755f", "#bab0ac", "#e15759")
 COMPUTE_KINDS = ("compute", "merge")
-TRANSFER_KINDS = ("send", "receive")
+TRANSFER_KINDS = ("send",)
 
 
 def write(folder: Path, records: Sequence[RankRecord]) -> str | None:
@@ -154,26 +154,6 @@ def close_up(records: Sequence[RankRecord], low: float, high: float) -> tuple[fl
     return starts[middle], starts[middle + 2]
 
 
-def transfers(record: RankRecord, low: float = -math.inf, high: float = math.inf) -> list[tuple[float, float]]:
-    """When something was under way: sends that have a length, and else from a send to the end of the next wait of its step.
-
-    >>> sent = {"kind": "send", "name": "step 1", "start": 1.0, "stop": 1.0}
-    >>> done = {"kind": "wait", "name": "step 1", "start": 2.0, "stop": 3.0}
-    >>> transfers(RankRecord(events=[sent, done]))
-    [(1.0, 3.0)]
-    """
-    waits: dict[str, float] = {}
-    spans = []
-    for event in sorted(record.events, key=lambda event: event["start"], reverse=True):
-        if event["kind"] == "wait":
-            waits[event["name"]] = event["stop"]
-        elif event["kind"] in TRANSFER_KINDS:
-            stop = event["stop"] if event["stop"] > event["start"] else waits.get(event["name"], event["stop"])
-            if stop >= low and event["start"] <= high:
-                spans.append((max(event["start"], low), min(stop, high)))
-    return spans[::-1]
-
-
 def union_seconds(spans: Sequence[tuple[float, float]]) -> float:
     """Length of the union of intervals.
 
@@ -214,7 +194,7 @@ def _draw_work(ax: Axes, records: Sequence[RankRecord], low: float, high: float,
         bars([(low, high)], row - 0.38, 0.5, LAYERS)
         bars(idle, row - 0.38, 0.5, IDLE)
         bars(attention, row - 0.38, 0.5, ATTENTION)
-        bars(transfers(record, low, high), row + 0.14, 0.2, TRANSFER)
+        bars(_spans(record, TRANSFER_KINDS, low, high), row + 0.14, 0.2, TRANSFER)
         shares = f"{union_seconds(attention) / length:.0%} attention\n{union_seconds(idle) / length:.0%} idle"
         ax.text(1.01, row, shares, transform=ax.get_yaxis_transform(), va="center", fontsize=8.5)
     _dress(ax, records, length * factor, title)

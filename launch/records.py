@@ -61,7 +61,7 @@ class RankRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds of each stage; besides `first_token` (from the start of prefill) and `decode` (all later tokens)."""
     events: list[dict[str, Any]] = field(default_factory=list)
-    """Timeline: {"kind": stage|compute|merge|send|receive|wait, "name", "start", "stop"}, seconds on the log's clock."""
+    """Timeline: {"kind": stage|compute|merge|send|wait, "name", "start", "stop"}, seconds on the log's clock."""
     kept: list[dict[str, Any]] = field(default_factory=list)
     """Sample frames: {"frame", "seconds", "grid": [h, w], "cells": [kept cells, row-major], "image": pack_image(...)}."""
     verify: dict[str, Any] | None = None
