@@ -166,7 +166,7 @@ class EngineConfig(Section):
     timeout_seconds: float | None = option("--timeout", None)
     """Seconds after which the whole run is stopped with exit code 124; left out: no limit."""
     exchange_timeout_seconds: float = option(None, 600.0)
-    """Seconds a rank waits for another one in a single exchange."""
+    """Seconds a rank waits for another one in a single exchange (with --verify also for rank 0 to finish comparing)."""
     ray_address: str | None = option("--ray-address", None)
     """Ray cluster to join (host:port or auto); left out: a cluster of this machine, started for the run."""
     ray_strategy: str = option(None, "PACK")

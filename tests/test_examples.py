@@ -1,0 +1,22 @@
+"""The examples run as their first lines say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "said"),
+    [("attention_over_ranks", 3, "as planned"), ("huggingface_over_ranks", 2, "as one rank does")],
+)
+def test_example(name: str, ranks: int, said: str) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    done = subprocess.run([*torchrun, str(EXAMPLES / f"{name}.py")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout
