@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenring import executor, kernels
+from tokenring.arguments import check_given, check_options, check_tensors
 from tokenring.choose import forward_plan
 from tokenring.layout import Layout
 from tokenring.mask import Mask
@@ -52,8 +53,9 @@ def plan(
             raise ValueError(
                 f"{what} cuts {cut.total} positions over {cut.world} ranks; the shape has {length} over {world} ranks"
             )
+    allowed = Mask.of(mask)
     return forward_plan(
-        schedule, Problem(world, _aligned(q_layout, k_layout, kv_layout), k_layout, Mask.of(mask)), shape
+        schedule, Problem(world, _aligned(q_layout, k_layout, kv_layout, allowed), k_layout, allowed), shape
     )
 
 
@@ -86,7 +88,8 @@ def attention(
         layout: a Layout, or a name where every rank holds equally many rows.
         kv_layout: where keys and values are cut differently from queries (then see `tokenring.plan` for the alignment).
         mask: "causal", "full" or a Mask.
-        schedule: "auto", "ring", "tokenring" or "gather"; `plan` overrides it: one plan serves every layer of a batch.
+        schedule: "auto", "ring", "tokenring" or "gather".
+        plan: layout, mask and schedule in one: one plan serves every layer of a batch. Leave the others at their defaults.
         backward_schedule: "auto"; this version computes no gradients.
         scale: 1 / sqrt(D) where not given.
         softcap: scores become softcap * tanh(scores / softcap).
@@ -112,9 +115,12 @@ def attention(
             f'backward_schedule is {backward_schedule!r}; this version has no backward pass, leave it at "auto"'
         )
     runtime = connect(group)
-    _check_tensors(q, k, v, sinks, softcap)
+    check_tensors(q, k, v)
+    check_options(q, sinks, scale, softcap)
     if plan is None:
         plan = _plan_for(q, k, v, runtime, layout, kv_layout, mask, schedule)
+    else:
+        check_given(plan, q, k, layout, kv_layout, mask, schedule)
     _check_plan(plan, q, k, v, runtime)
     options = executor.Options(
         kernels.choose(kernel, q, v, softcap), 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale), softcap
@@ -150,6 +156,8 @@ class _Attention(torch.autograd.Function):
 
 
 def _named(layout: Layout | str, length: int, world: int) -> Layout:
+    if world < 1:
+        raise ValueError(f"world is {world}; a plan needs 1 rank or more")
     if isinstance(layout, Layout):
         return layout
     if length % world:
@@ -159,8 +167,8 @@ def _named(layout: Layout | str, length: int, world: int) -> Layout:
     return Layout.of(layout, length // world, world)
 
 
-def _aligned(q_layout: Layout, k_layout: Layout, kv_layout: Layout | str | None) -> Layout:
-    if kv_layout is None or q_layout.offset:
+def _aligned(q_layout: Layout, k_layout: Layout, kv_layout: Layout | str | None, mask: Mask) -> Layout:
+    if kv_layout is None or q_layout.offset or mask == Mask.full():
         return q_layout
     offset = k_layout.offset + k_layout.total - q_layout.total
     if offset < 0:
@@ -168,28 +176,6 @@ def _aligned(q_layout: Layout, k_layout: Layout, kv_layout: Layout | str | None)
             f"{q_layout.total} queries are more than {k_layout.total} keys, and cannot align bottom-right; give the query layout an offset"
         )
     return q_layout.at(offset)
-
-
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, softcap: float | None) -> None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if any(x.dim() != 4 for x in (q, k, v)):
-        raise ValueError(f"got {shapes}; each must be (batch, rows, heads, head dim)")
-    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"got {shapes}; k and v must agree in batch, rows and heads, q and k in batch and head dim")
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        raise ValueError(
-            f"got {q.shape[2]} query heads and {k.shape[2]} key heads; query heads must be a multiple of key heads"
-        )
-    if len({x.dtype for x in (q, k, v)}) > 1 or len({x.device for x in (q, k, v)}) > 1 or not q.is_floating_point():
-        raise ValueError(
-            f"got q {q.dtype} on {q.device}, k {k.dtype} on {k.device}, v {v.dtype} on {v.device}; give one floating dtype on one device"
-        )
-    if sinks is not None and tuple(sinks.shape) != (q.shape[2],):
-        raise ValueError(
-            f"sinks have shape {tuple(sinks.shape)}; give one logit for each of the {q.shape[2]} query heads"
-        )
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap is {softcap}; it must be above 0, or None for none")
 
 
 def _plan_for(
@@ -212,7 +198,8 @@ def _plan_for(
     shape = AttentionShape(
         q.shape[0], q_layout.total, k_layout.total, q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.dtype
     )
-    problem = Problem(world, _aligned(q_layout, k_layout, kv_layout), k_layout, Mask.of(mask))
+    allowed = Mask.of(mask)
+    problem = Problem(world, _aligned(q_layout, k_layout, kv_layout, allowed), k_layout, allowed)
     return forward_plan(schedule, problem, shape)
 
 

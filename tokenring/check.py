@@ -1,7 +1,7 @@
 """The proof of a plan, on the same object that the executor runs.
 
-held      every slot that is computed on, sent or merged is held by then, with the rows that are asked for
-paired    a transfer stands at the same (step, lane) on both of its ends, and never leads home
+held      every slot that is computed on, sent or merged is held by then, whole, with the rows that are asked for
+paired    a transfer stands at the same (step, lane) on both of its ends, in one order for each pair, and never leads home
 covered   the tiles of all ranks hold every allowed (query, key) pair exactly once, and no other
 merged    every partial ends exactly once at the rank that owns its queries
 live      with every lane a first-in-first-out queue of grouped exchanges (NCCL's condition), no rank waits for ever
@@ -13,14 +13,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from tokenring.check_slots import LANES, PlanError, check_slots
 from tokenring.plan import PAYLOAD_LANE, RETURN_LANE, Compute, Piece, Plan, Slot, Step, Transfer
 from tokenring.segments import Tile
 
-LANES = (PAYLOAD_LANE, RETURN_LANE)
-
-
-class PlanError(ValueError):
-    """A plan breaks one of its rules. The message names rank, step and rule."""
+__all__ = ["PlanError", "Report", "check"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +35,7 @@ def check(plan: Plan) -> Report:
     steps = [plan.steps(rank) for rank in range(plan.world)]
     transfers = _paired(steps)
     for rank in range(plan.world):
-        _held(plan, rank, steps[rank])
+        check_slots(plan, rank, steps[rank])
     pairs = _covered(plan, steps)
     _merged(plan, steps)
     _live(steps)
@@ -47,8 +44,8 @@ def check(plan: Plan) -> Report:
 
 
 def _paired(steps: list[tuple[Step, ...]]) -> int:
-    sends: Counter[tuple[int, int, Transfer]] = Counter()
-    receives: Counter[tuple[int, int, Transfer]] = Counter()
+    sends: defaultdict[tuple[int, int, int, int], list[Transfer]] = defaultdict(list)
+    receives: defaultdict[tuple[int, int, int, int], list[Transfer]] = defaultdict(list)
     for rank, mine in enumerate(steps):
         for index, step in enumerate(mine):
             for lane in LANES:
@@ -57,56 +54,27 @@ def _paired(steps: list[tuple[Step, ...]]) -> int:
                         raise PlanError(
                             f"rank {rank}, step {index}: sends {transfer}, which is not from it to another rank"
                         )
-                    sends[(index, lane, transfer)] += 1
+                    sends[(index, lane, rank, transfer.destination)].append(transfer)
                 for transfer in step.receives[lane]:
                     if transfer.destination != rank:
                         raise PlanError(f"rank {rank}, step {index}: receives {transfer}, which is not for it")
-                    receives[(index, lane, transfer)] += 1
-    for key in (sends - receives) + (receives - sends):
-        index, lane, transfer = key
-        verb = "sent but not received" if sends[key] > receives[key] else "received but not sent"
+                    receives[(index, lane, transfer.source, rank)].append(transfer)
+    for key in {**sends, **receives}:
+        _same_messages(key, sends[key], receives[key])
+    return sum(map(len, sends.values()))
+
+
+def _same_messages(key: tuple[int, int, int, int], sent: list[Transfer], received: list[Transfer]) -> None:
+    index, lane, source, destination = key
+    if sent == received:
+        return
+    for transfer in (Counter(sent) - Counter(received)) + (Counter(received) - Counter(sent)):
+        verb = "sent but not received" if sent.count(transfer) > received.count(transfer) else "received but not sent"
         raise PlanError(f"step {index}, lane {lane}: {transfer} is {verb}")
-    return sum(sends.values())
-
-
-def _held(plan: Plan, rank: int, steps: tuple[Step, ...]) -> None:
-    held: dict[str, Slot] = {what: plan.problem.own(what, rank) for what in ("q", "kv")}
-    flying: list[Slot] = []
-    for index, step in enumerate(steps):
-        slots = {slot.name: slot for slot in step.slots}
-        for compute in step.computes:
-            if compute.q not in held or compute.kv not in held:
-                raise PlanError(
-                    f"rank {rank}, step {index}: computes on {compute.q} and {compute.kv}, holds {sorted(held)}"
-                )
-        _locate(held, step.sends[PAYLOAD_LANE], "source_slot", rank, index)
-        held.update({compute.out.name: compute.out for compute in step.computes})
-        _locate(held, step.sends[RETURN_LANE], "source_slot", rank, index)
-        held.update({slot.name: slot for slot in flying})
-        for name in step.merges:
-            if name not in held:
-                raise PlanError(f"rank {rank}, step {index}: merges {name}, holds {sorted(held)}")
-        for lane in LANES:
-            _locate(slots, step.receives[lane], "destination_slot", rank, index)
-        held.update({t.destination_slot: slots[t.destination_slot] for t in step.receives[PAYLOAD_LANE]})
-        flying = [slots[t.destination_slot] for t in step.receives[RETURN_LANE]]
-        filled = Counter(t.destination_slot for lane in LANES for t in step.receives[lane] for _ in range(t.rows))
-        for name, slot in slots.items():
-            if filled[name] != slot.rows:
-                raise PlanError(
-                    f"rank {rank}, step {index}: slot {name} has {slot.rows} rows and receives {filled[name]}"
-                )
-
-
-def _locate(held: dict[str, Slot], transfers: tuple[Transfer, ...], end: str, rank: int, index: int) -> None:
-    for transfer in transfers:
-        name = getattr(transfer, end)
-        if name not in held:
-            raise PlanError(f"rank {rank}, step {index}: {transfer} uses slot {name}; there are {sorted(held)}")
-        try:
-            held[name].locate(transfer.pieces)
-        except ValueError as error:
-            raise PlanError(f"rank {rank}, step {index}: {error}") from error
+    raise PlanError(
+        f"step {index}, lane {lane}: rank {destination} receives in another order than rank {source} sends; "
+        "messages between two ranks match in order"
+    )
 
 
 def _covered(plan: Plan, steps: list[tuple[Step, ...]]) -> int:

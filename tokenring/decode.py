@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tokenring import kernels
+from tokenring.arguments import check_options, check_tensors
 from tokenring.mask import Mask
 from tokenring.merge import accumulator_dtype, merge_, merge_sinks_
 from tokenring.segments import Tile
@@ -58,6 +59,7 @@ def decode_attention(
     """
     runtime = connect(group)
     _check(q, k_cache, v_cache, lengths, positions, mask)
+    check_options(q, sinks, scale, softcap)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     newest = _query_positions(q, lengths, positions, runtime) if mask == "causal" and q.shape[1] > 1 else None
     out, lse = _partial(q, k_cache, v_cache, lengths.tolist(), positions, newest, scale, softcap)
@@ -76,20 +78,14 @@ def decode_attention(
 
 
 def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, positions: Tensor, mask: str) -> None:
-    if q.dim() != 4 or k_cache.dim() != 4 or v_cache.dim() != 4 or k_cache.shape[:3] != v_cache.shape[:3]:
-        raise ValueError(
-            f"got q {tuple(q.shape)}, k_cache {tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)}; "
-            "each must be (batch, rows, heads, head dim), the caches alike but for the last"
-        )
+    check_tensors(q, k_cache, v_cache)
     batch, rows = k_cache.shape[:2]
-    if q.shape[0] != batch or q.shape[2] % k_cache.shape[2] or q.shape[3] != k_cache.shape[3]:
-        raise ValueError(
-            f"q {tuple(q.shape)} does not fit k_cache {tuple(k_cache.shape)}: batch and head dim equal, query heads a multiple"
-        )
     if tuple(lengths.shape) != (batch,) or tuple(positions.shape) != (batch, rows):
         raise ValueError(
             f"lengths {tuple(lengths.shape)} and positions {tuple(positions.shape)} must be ({batch},) and ({batch}, {rows}) for this cache"
         )
+    if lengths.is_floating_point() or positions.is_floating_point():
+        raise ValueError(f"lengths are {lengths.dtype} and positions {positions.dtype}; both must be integers")
     if batch and (int(lengths.min()) < 0 or int(lengths.max()) > rows):
         raise ValueError(f"lengths {lengths.tolist()} must lie between 0 and the {rows} rows of the cache")
     if mask not in ("causal", "full"):
@@ -125,7 +121,7 @@ def _partial(
     kernel = kernels.choose("auto", q, v, softcap)
     for row, length in enumerate(lengths):
         here = slice(row, row + 1)
-        if length == 0:
+        if length == 0 or q.shape[1] == 0:
             continue
         keys, values = k[here, :length], v[here, :length]
         if newest is None:

@@ -31,7 +31,7 @@ class DistributedTransport(Transport):
         made = store.add(f"tokenring/made/{self.rank}", 1)
         self._lanes = [self._make_lane(dist.PrefixStore(f"tokenring/{made}/{lane}", store)) for lane in range(LANES)]
         self._receives: dict[tuple[int, int], Sequence[Message]] = {}
-        self._works: dict[tuple[int, int], list[tuple[str, int, Any, Tensor]]] = {}
+        self._works: dict[tuple[int, int], list[tuple[str, int, Any, Any]]] = {}
 
     def _make_lane(self, store: Any) -> Any:
         limit = timedelta(seconds=self.timeout_seconds)
@@ -68,11 +68,12 @@ class DistributedTransport(Transport):
             self._post(step, peer, backend.recv, tensor)
         for peer, tensor in sends:
             self._post(step, peer, backend.send, tensor)
-        peer, tensor = (*receives, *sends)[0]
-        works.append(("exchange with", peer, backend._end_coalescing(), tensor))
+        messages = (*receives, *sends)
+        tensors = [tensor for _, tensor in messages]
+        works.append(("exchange with", messages[0][0], backend._end_coalescing(), tensors))
 
     def _wait(self, lane: int, step: int) -> None:
-        for verb, peer, work, _tensor in self._works.pop((lane, step), ()):
+        for verb, peer, work, _tensors in self._works.pop((lane, step), ()):
             try:
                 if self._batched:
                     work.wait()

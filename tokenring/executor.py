@@ -33,7 +33,11 @@ class Options:
 
 def run(plan: Plan, transport: Transport, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """This rank's attention: out (B, Sq, Hq, Dv) in the accumulator or input dtype, lse (B, Hq, Sq)."""
-    return _Run(plan, transport, q, k, v, options).result()
+    try:
+        return _Run(plan, transport, q, k, v, options).result()
+    except BaseException as error:
+        transport.abandon(error)
+        raise
 
 
 class _Run:

@@ -45,6 +45,10 @@ class Layout:
                 "length and offset must be 0 or more, world 1 or more"
             )
 
+    def __hash__(self) -> int:
+        """Without the runs: plans look their parts up by layout, and a thousand ranks have thousands of runs."""
+        return hash((self.total, self.world, self.offset, self.name))
+
     @classmethod
     def contiguous(cls, length: int, world: int, offset: int = 0) -> Layout:
         """Rank r holds the r-th of `world` runs, whose lengths differ by at most one."""

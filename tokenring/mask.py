@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenring.segments import Segment, Tile, band_tile, fuse, join, same_stride
+from tokenring.runs import ascending, run_tiles
+from tokenring.segments import Segment, Tile, fuse, join
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,15 +76,13 @@ class Mask:
 
     def tiles(self, q: Sequence[Segment], k: Sequence[Segment]) -> tuple[Tile, ...]:
         """The fused tiles of two slots, given the position runs of their rows in order."""
-        q_runs, k_runs = same_stride(join(q), join(k))
+        groups = ascending(join(k))
         tiles: list[Tile] = []
         q_row = 0
-        for q_run in q_runs:
+        for q_run in join(q):
             k_row = 0
-            for k_run in k_runs:
-                tile = band_tile(q_run, k_run, self.lower, self.upper)
-                if tile is not None:
-                    tiles.append(tile.shift(q_row, k_row))
-                k_row += k_run.count
+            for group in groups:
+                tiles += [t.shift(q_row, k_row) for t in run_tiles(q_run, group, self.lower, self.upper)]
+                k_row += group.rows
             q_row += q_run.count
         return fuse(tiles)

@@ -39,6 +39,6 @@ def merge_sinks_(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
     logit = sinks.to(lse.dtype)[None, :, None].expand_as(lse)
     empty = torch.isneginf(lse)
     total = torch.logaddexp(lse, logit)
-    keep = torch.exp(lse - total).transpose(1, 2).unsqueeze(-1)
+    keep = torch.exp(lse - total).masked_fill_(empty, 1.0).transpose(1, 2).unsqueeze(-1)
     out.mul_(keep.to(out.dtype))
     lse.copy_(torch.where(empty, lse, total))

@@ -129,10 +129,17 @@ class AttentionShape:
     dtype: torch.dtype = torch.bfloat16
 
     def __post_init__(self) -> None:
-        if min(self.batch, self.q_heads, self.kv_heads, self.head_dim) < 1 or self.q_heads % self.kv_heads:
+        v_dim = self.head_dim if self.v_head_dim is None else self.v_head_dim
+        if min(self.batch, self.q_heads, self.kv_heads, self.head_dim, v_dim) < 1 or self.q_heads % self.kv_heads:
             raise ValueError(
-                f"AttentionShape got batch={self.batch}, q_heads={self.q_heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}; "
+                f"AttentionShape got batch={self.batch}, q_heads={self.q_heads}, kv_heads={self.kv_heads}, "
+                f"head_dim={self.head_dim}, v_head_dim={self.v_head_dim}; "
                 "all must be 1 or more and q_heads a multiple of kv_heads"
+            )
+        if min(self.q_length, self.kv_length) < 0 or not self.dtype.is_floating_point:
+            raise ValueError(
+                f"AttentionShape got q_length={self.q_length}, kv_length={self.kv_length}, dtype={self.dtype}; "
+                "lengths must be 0 or more, the dtype a floating one"
             )
 
     def row_bytes(self, what: str) -> int:

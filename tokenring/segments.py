@@ -12,7 +12,7 @@ on `key row - query row`. A `Tile` is such a rectangle of rows with a band: full
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 Range = tuple[int, int]
@@ -26,6 +26,11 @@ class Segment:
     start: int
     count: int
     stride: int = 1
+
+    @property
+    def last(self) -> int:
+        """The position of the last row."""
+        return self.start + (self.count - 1) * self.stride
 
     def cut(self, first: int, last: int) -> Segment:
         """Rows first..last-1 of this run."""
@@ -123,23 +128,6 @@ def join(segments: Iterable[Segment]) -> list[Segment]:
         else:
             joined.append(segment)
     return joined
-
-
-def same_stride(q: Sequence[Segment], k: Sequence[Segment]) -> tuple[list[Segment], list[Segment]]:
-    """Both lists with every run of one common stride: runs of other strides fall apart into single rows."""
-    strides = {s.stride for s in (*q, *k) if s.count > 1}
-    if len(strides) <= 1:
-        stride = strides.pop() if strides else 1
-        return [replace(s, stride=stride) for s in q], [replace(s, stride=stride) for s in k]
-    return _to_unit_stride(q), _to_unit_stride(k)
-
-
-def _to_unit_stride(segments: Sequence[Segment]) -> list[Segment]:
-    return [
-        part
-        for s in segments
-        for part in ([s] if s.stride == 1 else [Segment(s.start + i * s.stride, 1) for i in range(s.count)])
-    ]
 
 
 def fuse(tiles: Iterable[Tile]) -> tuple[Tile, ...]:

@@ -101,8 +101,8 @@ class Transport:
         start = time.perf_counter()
         try:
             self._wait(lane, step)
-        except TransportError as error:
-            self.poison = str(error)
+        except BaseException as error:
+            self.abandon(error)
             raise
         stop = time.perf_counter()
         for pushed, peer, size in self._leaving.pop((lane, step), ()):
@@ -118,6 +118,11 @@ class Transport:
 
     def _wait(self, lane: int, step: int) -> None:
         raise AssertionError("a transport implements _wait")
+
+    def abandon(self, error: BaseException) -> None:
+        """Refuse every later call: a receive may still be posted, and the next call's messages would land in it."""
+        if self.world > 1 and self.poison is None:
+            self.poison = str(error) if isinstance(error, TransportError) else repr(error)
 
     def _refuse_if_poisoned(self) -> None:
         if self.poison is not None:
@@ -149,7 +154,7 @@ class Transport:
         """Every rank's `x` in rank order. Shapes may differ in dim 0 only; `same_shape=True` skips the size round."""
         peers = [p for p in range(self.world) if p != self.rank]
         sizes = [x.shape[0] if x.dim() else 1] * self.world
-        if not same_shape and self.world > 1:
+        if x.dim() and not same_shape and self.world > 1:
             own = torch.tensor([x.shape[0]], dtype=torch.int64, device=x.device)
             notes = {p: torch.empty_like(own) for p in peers}
             self.exchange([(p, own) for p in peers], list(notes.items()), control=True)

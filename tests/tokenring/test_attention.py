@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 import tokenring as tr
 from tests.oracle import dense_attention, random_qkv
 from tests.pool import Pool
+from tokenring import executor
 
 SCHEDULES = ("ring", "tokenring", "gather")
 LAYOUTS = ("contiguous", "zigzag", "striped")
@@ -205,6 +207,8 @@ BAD_CALLS = {
     "kernel limits": (lambda q, k, v: tr.attention(q, k, v, kernel="cpu_flash", softcap=1.0), r"has no softcap"),
     "sinks": (lambda q, k, v: tr.attention(q, k, v, sinks=torch.zeros(3)), r"one logit for each of the 4"),
     "softcap": (lambda q, k, v: tr.attention(q, k, v, softcap=0.0), r"must be above 0"),
+    "endless softcap": (lambda q, k, v: tr.attention(q, k, v, softcap=float("inf")), r"above 0 and finite"),
+    "scale": (lambda q, k, v: tr.attention(q, k, v, scale=float("nan")), r"scale is nan; it must be finite"),
     "group": (lambda q, k, v: tr.attention(q, k, v, group="world"), r"give a ProcessGroup"),
 }
 
@@ -214,6 +218,55 @@ def test_bad_arguments_are_refused_before_anything_is_sent(case: str) -> None:
     call, message = BAD_CALLS[case]
     with pytest.raises(ValueError, match=message):
         call(*random_qkv(1, 4, 4, 2, 8, torch.float32))
+
+
+def test_more_queries_than_keys_need_no_alignment_under_a_full_mask() -> None:
+    qkv = random_qkv(1, 12, 2, 1, 8, torch.float64, kv_length=4)
+    layout, kv_layout = tr.Layout.zigzag(12, 2), tr.Layout.contiguous(4, 2)
+    results = tr.run_local(2, attend, qkv, layout, kv_layout, {"mask": "full"})
+    assert_equal_to_dense(results, dense_attention(*qkv, torch.ones(12, 4, dtype=torch.bool)), layout, 1e-12)
+    with pytest.raises(ValueError, match="cannot align bottom-right"):
+        tr.attention(*qkv, kv_layout="zigzag", mask="causal")
+
+
+def test_arguments_that_differ_from_the_plan_are_refused_and_equal_ones_taken() -> None:
+    qkv = random_qkv(1, 4, 2, 2, 8, torch.float32)
+    shape = tr.AttentionShape(1, 4, 4, 2, 2, 8, dtype=torch.float32)
+    plan = tr.plan("ring", world=1, shape=shape, layout="contiguous", mask="full")
+    alike = {
+        "layout": "contiguous",
+        "kv_layout": tr.Layout.contiguous(4, 1),
+        "mask": tr.Mask.full(),
+        "schedule": "ring",
+    }
+    assert torch.equal(tr.attention(*qkv, plan=plan, **alike), tr.attention(*qkv, plan=plan))
+    for name, value in (
+        ("layout", tr.Layout.contiguous(5, 1)),
+        ("kv_layout", tr.Layout.contiguous(5, 1)),
+        ("mask", tr.Mask.window(1)),
+        ("schedule", "gather"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}= differs from that of the plan"):
+            tr.attention(*qkv, plan=plan, **{name: value})
+
+
+def test_a_call_that_fails_half_way_closes_the_group() -> None:
+    """Its receives may still be posted: the next call's rows would land in them."""
+    layout = tr.Layout.zigzag(8, 2)
+
+    def fail_once(group: Any) -> str:
+        local = [layout.shard(x, group.rank()) for x in random_qkv(1, 8, 2, 2, 8, torch.float32)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(executor._Run, "_compute", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                tr.attention(*local, group=group, schedule="ring")
+            both.wait()
+        with pytest.raises(tr.TransportError, match="cannot be used again") as refused:
+            tr.attention(*local, group=group, schedule="ring")
+        return str(refused.value)
+
+    both = threading.Barrier(2)
+    assert all("division" in message for message in tr.run_local(2, fail_once))
 
 
 def test_a_plan_for_another_shape_or_world_is_refused() -> None:

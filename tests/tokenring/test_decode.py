@@ -88,9 +88,24 @@ def test_wrong_caches_are_refused() -> None:
         tr.decode_attention(q, k, v, **(good | {"lengths": torch.tensor([5])}))
     with pytest.raises(ValueError, match=r"must be \(1,\) and \(1, 4\)"):
         tr.decode_attention(q, k, v, **(good | {"positions": torch.arange(3)[None]}))
-    with pytest.raises(ValueError, match="query heads a multiple"):
+    with pytest.raises(ValueError, match="query heads must be a multiple"):
         tr.decode_attention(q[:, :, :3], k, v, **good)
     with pytest.raises(ValueError, match='decoding takes "causal" or "full"'):
         tr.decode_attention(q, k, v, mask="window", **good)
-    with pytest.raises(ValueError, match="the caches alike"):
+    with pytest.raises(ValueError, match="k and v must be alike"):
         tr.decode_attention(q, k[:, :3], v, **good)
+    with pytest.raises(ValueError, match="one logit for each of the 4 query heads"):
+        tr.decode_attention(q, k, v, sinks=torch.zeros(1), **good)
+    with pytest.raises(ValueError, match=r"softcap is 0\.0"):
+        tr.decode_attention(q, k, v, softcap=0.0, **good)
+    with pytest.raises(ValueError, match="give one floating dtype"):
+        tr.decode_attention(q.double(), k, v, **good)
+    with pytest.raises(ValueError, match="both must be integers"):
+        tr.decode_attention(q, k, v, **(good | {"lengths": torch.tensor([4.0])}))
+
+
+def test_no_queries_give_no_rows() -> None:
+    q, k, v = random_qkv(1, 4, 4, 2, 8, torch.float32)
+    for mask in ("causal", "full"):
+        out = tr.decode_attention(q[:, :0], k, v, lengths=torch.tensor([4]), positions=torch.arange(4)[None], mask=mask)
+        assert out.shape == (1, 0, 4, 8)

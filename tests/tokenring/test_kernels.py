@@ -100,3 +100,32 @@ def test_a_sink_leaves_empty_rows_empty() -> None:
     merge_sinks_(out, lse, torch.tensor([0.0]))
     torch.testing.assert_close(out[0, :, 0, 0], torch.tensor([0.5, 0.0]))
     torch.testing.assert_close(lse[0, 0], torch.tensor([0.6931472, -torch.inf]))
+
+
+def test_a_sink_of_minus_infinity_changes_nothing() -> None:
+    out, lse = torch.ones(1, 2, 1, 2), torch.tensor([[[0.5, -torch.inf]]])
+    out[:, 1] = 0
+    merge_sinks_(out, lse, torch.tensor([-torch.inf]))
+    assert torch.equal(out[0, :, 0, 0], torch.tensor([1.0, 0.0])) and lse[0, 0].tolist() == [0.5, -torch.inf]
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
+def test_an_autocast_region_changes_no_kernel(kernel) -> None:
+    q, k, v = random_qkv(1, 12, 4, 2, 16, torch.float32)
+    tiles = [Tile(0, 12, 0, 12, None, 0)]
+    plain = kernel.forward(q, k, v, tiles, (0, 12), 0.25, None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = kernel.forward(q, k, v, tiles, (0, 12), 0.25, None)
+    assert all(torch.equal(a, b) for a, b in zip(plain, inside))
+
+
+def test_a_window_reads_only_the_keys_that_its_rows_see() -> None:
+    rows = 3 * BLOCK_ROWS
+    q, k, v = random_qkv(1, rows, 2, 1, 8, torch.float64)
+    v[:, : rows - BLOCK_ROWS - 5] = torch.nan
+    tile = Tile(0, rows, 0, rows, -4, 2)
+    out, lse = KERNELS[1].forward(q, k, v, [tile], (0, rows), 0.25, None)
+    late = slice(rows - BLOCK_ROWS, rows)
+    want_out, want_lse = dense_attention(q, k, v.nan_to_num(0.0), band(rows, rows, -4, 2), scale=0.25)
+    torch.testing.assert_close(out[:, late], want_out[:, late], rtol=0, atol=1e-12)
+    torch.testing.assert_close(lse[:, :, late], want_lse[:, :, late], rtol=0, atol=1e-12)

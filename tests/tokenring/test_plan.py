@@ -264,6 +264,12 @@ def test_plan_arguments_are_refused_by_name() -> None:
         tr.plan("ring", world=1, shape=shape, layout="zigzag").steps(1)
     with pytest.raises(ValueError, match="q_heads a multiple of kv_heads"):
         tr.AttentionShape(1, 7, 7, 3, 2, 8)
+    with pytest.raises(ValueError, match="v_head_dim=0; all must be 1 or more"):
+        tr.AttentionShape(1, 7, 7, 2, 2, 8, 0)
+    with pytest.raises(ValueError, match=r"q_length=-1, .*torch.bfloat16; lengths must be 0 or more"):
+        tr.AttentionShape(1, -1, 7, 2, 2, 8)
+    with pytest.raises(ValueError, match="world is 0; a plan needs 1 rank or more"):
+        tr.plan("ring", world=0, shape=shape, layout="zigzag")
 
 
 def test_float64_lse_counts_eight_bytes() -> None:

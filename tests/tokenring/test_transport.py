@@ -24,6 +24,7 @@ def uneven(group: Any) -> tuple:
     swapped = runtime.all_to_all(parts)
     flags = runtime.all_gather(torch.tensor([rank > 1]), same_shape=True)
     told = runtime.broadcast(torch.tensor([rank]), world - 1)
+    assert [int(x) for x in runtime.all_gather(torch.tensor(rank))] == list(range(world))
     return gathered, swapped, flags, told
 
 

@@ -46,6 +46,20 @@ class BlockKernel(ABC):
         softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
         """Query rows `rows` of the slot q over all tiles; a row that no tile holds gives zeros and lse -inf."""
+        # Scores and lse are float32 by contract; an autocast region round the call must not make them 16-bit.
+        with torch.autocast(q.device.type, enabled=False):
+            return self._forward(q, k, v, tiles, rows, scale, softcap)
+
+    def _forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tiles: Sequence[Tile],
+        rows: tuple[int, int],
+        scale: float,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor]:
         first, last = rows
         if len(tiles) == 1 and (tiles[0].q_start, tiles[0].q_stop) == rows:
             return self._tile(q, k, v, tiles[0], scale, softcap)

@@ -32,17 +32,24 @@ class ReferenceKernel(BlockKernel):
         for first in range(0, q.shape[1], BLOCK_ROWS):
             rows = q[:, first : first + BLOCK_ROWS].to(dtype)
             grouped = rows.transpose(1, 2).unflatten(1, (k.shape[2], -1))
-            scores = (grouped * scale) @ key_heads
+            seen = _seen(first, rows.shape[1], k.shape[1], lower, upper)
+            scores = (grouped * scale) @ key_heads[..., seen]
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
-            blocked = _outside(first, rows.shape[1], k.shape[1], lower, upper, q.device)
+            blocked = _outside(first - seen.start, rows.shape[1], scores.shape[-1], lower, upper, q.device)
             if blocked is not None:
                 scores = scores.masked_fill(blocked, -torch.inf)
             lse = torch.logsumexp(scores, dim=-1)
-            out = torch.exp(scores - lse.unsqueeze(-1)) @ value_heads
+            out = torch.exp(scores - lse.unsqueeze(-1)) @ value_heads[..., seen, :]
             outs.append(out.flatten(1, 2).transpose(1, 2))
             lses.append(lse.flatten(1, 2))
         return torch.cat(outs, dim=1).to(q.dtype), torch.cat(lses, dim=2)
+
+
+def _seen(first: int, rows: int, keys: int, lower: int | None, upper: int | None) -> slice:
+    """The keys that some row of a block may see: a window over a long sequence costs what the window holds."""
+    start = 0 if lower is None else max(0, first + lower)
+    return slice(start, keys if upper is None else min(keys, first + rows + upper))
 
 
 def _outside(

@@ -41,7 +41,7 @@ def carried(problem: Problem, what: str, owner: int, direction: int) -> tuple[tu
 def direction(problem: Problem, what: str) -> int:
     """+1 or -1: the way round on which less travels (over at most 16 owners, evenly spread); +1 where it is equal."""
     world = problem.world
-    owners = range(0, world, max(1, world // SAMPLED_OWNERS))
+    owners = range(0, world, -(-world // SAMPLED_OWNERS))
 
     def volume(way: int) -> int:
         return sum(rows_in(rows) for owner in owners for rows in carried(problem, what, owner, way)[1:])

@@ -1,0 +1,71 @@
+"""What the calls refuse, with what was given, what is allowed and how to mend it: before anything is sent."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from tokenring.layout import Layout
+from tokenring.mask import Mask
+
+if TYPE_CHECKING:
+    from tokenring.plan import Plan
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """(B, S, H, D) tensors of one dtype and device whose batch, rows, heads and head dims agree."""
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if any(x.dim() != 4 for x in (q, k, v)):
+        raise ValueError(f"got {shapes}; each must be (batch, rows, heads, head dim)")
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"got {shapes}; k and v must be alike in batch, rows and heads, q and k in batch and head dim")
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"got {q.shape[2]} query heads and {k.shape[2]} key heads; query heads must be a multiple of key heads"
+        )
+    if len({x.dtype for x in (q, k, v)}) > 1 or len({x.device for x in (q, k, v)}) > 1 or not q.is_floating_point():
+        raise ValueError(
+            f"got q {q.dtype} on {q.device}, k {k.dtype} on {k.device}, v {v.dtype} on {v.device}; give one floating dtype on one device"
+        )
+
+
+def check_options(q: Tensor, sinks: Tensor | None, scale: float | None, softcap: float | None) -> None:
+    """One sink for each query head, beside q; a scale that is a number (torch's flash makes zeros of NaN scores); a cap."""
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}; it must be finite, or None for 1 / sqrt(head dim)")
+    if sinks is not None and (tuple(sinks.shape) != (q.shape[2],) or sinks.device != q.device):
+        raise ValueError(
+            f"sinks have shape {tuple(sinks.shape)} on {sinks.device}; "
+            f"give one logit for each of the {q.shape[2]} query heads on {q.device}"
+        )
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap is {softcap}; it must be above 0 and finite, or None for none")
+
+
+def check_given(
+    plan: Plan,
+    q: Tensor,
+    k: Tensor,
+    layout: Layout | str,
+    kv_layout: Layout | str | None,
+    mask: Mask | str,
+    schedule: str,
+) -> None:
+    """Beside a plan, an argument that is not the default must say what the plan says: it would be ignored otherwise."""
+    problem = plan.problem
+    said = {
+        "layout": layout == "zigzag" or _same_cut(layout, q.shape[1], problem.q_layout),
+        "kv_layout": kv_layout is None or _same_cut(kv_layout, k.shape[1], problem.kv_layout),
+        "mask": mask == "causal" or Mask.of(mask) == problem.mask,
+        "schedule": schedule in ("auto", plan.schedule),
+    }
+    for name, agrees in said.items():
+        if not agrees:
+            raise ValueError(f"{name}= differs from that of the plan; leave it out, or build the plan with it")
+
+
+def _same_cut(layout: Layout | str, rows: int, planned: Layout) -> bool:
+    """Apart from the offset, which bottom-right alignment moves."""
+    return Layout.of(layout, rows, planned.world).at(planned.offset).runs == planned.runs
