@@ -3,6 +3,7 @@
 A schedule is data: `plan` builds it, `attention` runs it, `Plan.check`, `bytes_sent` and `explain` read it.
 """
 
+from tokenring.agreement import AgreementError, prepare
 from tokenring.api import attention, plan
 from tokenring.decode import decode_attention
 from tokenring.inprocess import run_local
@@ -12,6 +13,7 @@ from tokenring.plan import AttentionShape, Plan
 from tokenring.transport import Event, Trace, Traffic, TransportError, connect, count_traffic, trace
 
 __all__ = [
+    "AgreementError",
     "AttentionShape",
     "Event",
     "Layout",
@@ -25,6 +27,7 @@ __all__ = [
     "count_traffic",
     "decode_attention",
     "plan",
+    "prepare",
     "run_local",
     "trace",
 ]

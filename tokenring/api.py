@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenring import executor, kernels
+from tokenring.agreement import agree, refuse
 from tokenring.arguments import check_given, check_options, check_tensors
 from tokenring.choose import forward_plan
 from tokenring.layout import Layout
@@ -102,7 +103,8 @@ def attention(
         float64), natural log, the sink included. A row that may attend to nothing gives zeros and lse = -inf.
 
     Raises:
-        ValueError: for arguments that do not fit, before anything is sent.
+        ValueError: for arguments that do not fit, before any payload is sent; AgreementError on the other ranks, and on
+            all where ranks disagree (see `tokenring.agreement`).
         TransportError: a transfer failed or timed out.
         RuntimeError: when a gradient is asked for (the backward pass does not exist in this version).
 
@@ -110,21 +112,25 @@ def attention(
     >>> attention(q, k, v).shape
     torch.Size([1, 6, 4, 8])
     """
-    if backward_schedule != "auto":
-        raise ValueError(
-            f'backward_schedule is {backward_schedule!r}; this version has no backward pass, leave it at "auto"'
-        )
     runtime = connect(group)
-    check_tensors(q, k, v)
-    check_options(q, sinks, scale, softcap)
-    if plan is None:
-        plan = _plan_for(q, k, v, runtime, layout, kv_layout, mask, schedule)
-    else:
-        check_given(plan, q, k, layout, kv_layout, mask, schedule)
-    _check_plan(plan, q, k, v, runtime)
-    options = executor.Options(
-        kernels.choose(kernel, q, v, softcap), 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale), softcap
-    )
+    try:
+        if backward_schedule != "auto":
+            raise ValueError(
+                f'backward_schedule is {backward_schedule!r}; there is no backward pass yet, leave it at "auto"'
+            )
+        check_tensors(q, k, v)
+        check_options(q, sinks, scale, softcap)
+        if plan is None:
+            plan = _plan_for(q, k, v, runtime, layout, kv_layout, mask, schedule)
+        else:
+            check_given(plan, q, k, layout, kv_layout, mask, schedule)
+        _check_plan(plan, q, k, v, runtime)
+        chosen = kernels.choose(kernel, q, v, softcap)
+    except ValueError as error:
+        refuse(runtime, error)
+        raise
+    agree(runtime, plan, (scale, softcap, sinks is None))
+    options = executor.Options(chosen, 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale), softcap)
     out, lse = _Attention.apply(q, k, v, sinks, plan, runtime, options)
     return (out, lse) if return_lse else out
 

@@ -27,6 +27,8 @@ class DistributedTransport(Transport):
     def __init__(self, group: dist.ProcessGroup, timeout_seconds: float) -> None:
         super().__init__(group.rank(), group.size(), timeout_seconds)
         self._batched = "nccl" in str(dist.get_backend(group))
+        if self._batched:
+            self.device = torch.device("cuda", torch.cuda.current_device())
         store = group.get_group_store()
         made = store.add(f"tokenring/made/{self.rank}", 1)
         self._lanes = [self._make_lane(dist.PrefixStore(f"tokenring/{made}/{lane}", store)) for lane in range(LANES)]
@@ -39,11 +41,9 @@ class DistributedTransport(Transport):
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = limit
             lane = dist.ProcessGroupNCCL(store, self.rank, self.world, options)
-            warm = torch.zeros(1, device=torch.device("cuda", torch.cuda.current_device()))
         else:
             lane = dist.ProcessGroupGloo(store, self.rank, self.world, limit)
-            warm = torch.zeros(1)
-        lane.allreduce([warm]).wait()
+        lane.allreduce([torch.zeros(1, device=self.device)]).wait()
         return lane
 
     def _open(self, lane: int, step: int, receives: Sequence[Message]) -> None:

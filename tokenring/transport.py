@@ -73,6 +73,10 @@ class Transport:
         self.world = world
         self.timeout_seconds = timeout_seconds
         self.poison: str | None = None
+        self.device = torch.device("cpu")
+        """Where the transport's own small messages live."""
+        self.calls = 0
+        self.prepared: set[Any] = set()
         self._traffic: list[Traffic] = []
         self._traces: list[Trace] = []
         self._leaving: dict[tuple[int, int], list[tuple[float, int, int]]] = {}
