@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from tokenring.plan import AttentionShape, Plan, Problem
+from tokenring.plan import AttentionShape, Plan, Problem, Step, Transfer
 from tokenring.schedules import FORWARD, NAMES
 
 PREFERENCE = ("ring", "tokenring", "gather")
+SAMPLED_RANKS = 32
 
 
 @lru_cache(maxsize=1024)
@@ -29,12 +30,21 @@ def forward_plan(schedule: str, problem: Problem, shape: AttentionShape) -> Plan
 
 
 def _busiest(plan: Plan) -> int:
-    received = [0] * plan.world
-    sent = [0] * plan.world
-    for rank in range(plan.world):
-        for step in plan.steps(rank):
-            for transfer in (t for lane in step.sends for t in lane):
-                size = transfer.rows * plan.shape.row_bytes(transfer.what)
-                sent[rank] += size
-                received[transfer.destination] += size
-    return max(s + r for s, r in zip(sent, received))
+    """Bytes through the busiest of all ranks, or of `SAMPLED_RANKS` evenly spread ones where there are more."""
+    world = plan.world
+    ranks = (
+        {i * (world - 1) // max(1, SAMPLED_RANKS - 1) for i in range(SAMPLED_RANKS)}
+        if world > SAMPLED_RANKS
+        else range(world)
+    )
+    return max(
+        sum(_moved(plan, transfers) for step in plan.steps(rank) for transfers in _both_ways(step)) for rank in ranks
+    )
+
+
+def _both_ways(step: Step) -> tuple[tuple[Transfer, ...], ...]:
+    return (*step.sends, *step.receives)
+
+
+def _moved(plan: Plan, transfers: tuple[Transfer, ...]) -> int:
+    return sum(t.rows * plan.shape.row_bytes(t.what) for t in transfers)
