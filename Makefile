@@ -8,6 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NPROC ?= 4
+CLIP ?= clip:bigbuckbunny
+FRAMES ?= 32
 OUT ?= runs/demo
 
 .PHONY: setup test video lint clean
@@ -26,8 +28,7 @@ test: setup
 	$(BIN)/python -m pytest
 
 video: setup
-	$(BIN)/tokenring run $$($(BIN)/python -m launch.assets clip:bigbuckbunny) --frames 32 --nproc $(NPROC) \
-		--schedule tokenring --verify --out $(OUT) --overwrite
+	$(BIN)/tokenring run $(CLIP) --frames $(FRAMES) --nproc $(NPROC) --schedule tokenring --verify --out $(OUT) --overwrite
 
 lint: setup
 	$(BIN)/ruff check .

@@ -75,6 +75,7 @@ def write(
     stages.add(recorded.events)
     answer.first_token_at = stages.log.clock()
     answer.hidden = hidden if keep else None
+    stages.log.stage("decode")
     stages.log.progress(1, config.max_new_tokens)
     while len(answer.ids) < config.max_new_tokens and token not in adapter.eos_ids:
         with stages.span("decode"):

@@ -24,7 +24,7 @@ from launch.spread import Ownership, Part, spread
 from launch.stages import Stages
 from launch.verify import verify
 from launch.video import FramePlan
-from launch.watch import Kept, Watcher, with_cells
+from launch.watch import Kept, Watcher, Windows, with_cells
 from tokenring import AttentionShape, Layout
 from tokenring import plan as attention_plan
 from tokenring.transport import Transport, connect, count_traffic
@@ -61,7 +61,7 @@ class _Run:
         """Do it all."""
         adapter, stages, runtime = self.adapter, self.stages, self.runtime
         with count_traffic(runtime) as traffic:
-            plan, kept = self.watch()
+            plan, cut, kept = self.watch()
             who, short, layout, part = self.splice(plan, kept)
             answer, cache = self.write(short, layout, part)
             sent = {peer: size for (_, peer), size in traffic.sent.items()}
@@ -82,7 +82,7 @@ class _Run:
             events=stages.events,
             kept=with_cells(kept.samples, who.index, plan, self.seconds),
             verify=compared,
-            warnings=_warnings(adapter, short, len(answer.ids)),
+            warnings=[*self.input_warnings(plan, cut), *_context_warning(adapter, short, len(answer.ids))],
             notes=list(adapter.notes),
         )
 
@@ -91,7 +91,21 @@ class _Run:
         """Time of each frame."""
         return [ref.seconds for ref in self.frames.refs]
 
-    def watch(self) -> tuple[VisualPlan, Kept]:
+    def input_warnings(self, plan: VisualPlan, cut: Windows) -> list[str]:
+        """What became of the input other than was asked."""
+        result, kept, (_, budget) = [], sum(cut.counts), method_of(self.config.reduce)
+        if budget.kind == "ratio" and kept > budget.value * plan.tokens + len(cut.counts):
+            result.append(
+                f"{self.config.reduce.spec} keeps {kept} of {plan.tokens} visual tokens ({kept / plan.tokens:.1%}), more than "
+                "was asked: the method has a least number for each window; take a larger --window or another method"
+            )
+        if self.frames.other_sizes:
+            height, width = self.frames.size
+            others = ", ".join(self.frames.other_sizes)
+            result.append(f"clips of other sizes are resized to {width}x{height}, the size of the first: {others}")
+        return result
+
+    def watch(self) -> tuple[VisualPlan, Windows, Kept]:
         """Frames to kept visual tokens."""
         self.stages.log.stage("watch")
         method, budget = method_of(self.config.reduce)
@@ -104,7 +118,7 @@ class _Run:
         cut = cut_windows(plan, self.config.reduce, method, budget)
         seed = self.config.generate.seed
         watcher = Watcher(self.adapter, plan, self.frames, cut, method, seed, self.runtime, self.stages)
-        return plan, watcher.watch(self.runtime.rank, self.runtime.world)
+        return plan, cut, watcher.watch(self.runtime.rank, self.runtime.world)
 
     def splice(self, plan: VisualPlan, kept: Kept) -> tuple[Ownership, Prompt, Layout, Part]:
         """Text and kept tokens, spread by the layout."""
@@ -152,9 +166,8 @@ def _load(config: RunConfig) -> Adapter:
 
 
 def _visual_plan(adapter: Adapter, frames: FramePlan) -> VisualPlan:
-    clip = frames.clips[frames.refs[0].clip]
     try:
-        return adapter.visual_plan(len(frames), clip.height, clip.width)
+        return adapter.visual_plan(len(frames), *frames.size)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -170,7 +183,7 @@ def _schedule(adapter: Adapter, layout: Layout, config: RunConfig) -> str:
     return attention_plan(config.attention.schedule, world=layout.world, shape=shape, layout=layout).schedule
 
 
-def _warnings(adapter: Adapter, short: Prompt, written: int) -> list[str]:
+def _context_warning(adapter: Adapter, short: Prompt, written: int) -> list[str]:
     last = max(int(short.positions.max()), short.next_position + written - 1)
     if last < adapter.context_length:
         return []

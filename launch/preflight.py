@@ -6,8 +6,9 @@ Reads headers and packets of the videos and the model's configuration, never wei
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from launch.assets import find
+from launch.assets import SOURCES, find
 from launch.config import ReduceConfig, RunConfig, VideoConfig
 from launch.errors import ConfigError
 from launch.models import check
@@ -58,9 +59,15 @@ def method_of(config: ReduceConfig) -> tuple[Reducer, Budget]:
 
 def planned_frames(config: VideoConfig) -> FramePlan:
     """Probe the clips and choose the frames. A name such as "clip:bikes" is a clip of the demo's own packages."""
-    paths = [find(path) if path.startswith(CLIP) else path for path in config.paths]
-    clips = join(paths, config.loop)
+    clips = join([_packaged(path) if path.startswith(CLIP) else path for path in config.paths], config.loop)
     return plan_frames(clips, fps=config.fps, count=config.frames, start=config.start, stop=config.stop)
+
+
+def _packaged(name: str) -> Path:
+    clips = [source for source in SOURCES if source.startswith(CLIP)]
+    if name not in clips:
+        raise ConfigError(f"{name} is no clip of the demo; its clips are {', '.join(clips)}")
+    return find(name)
 
 
 def cut_windows(plan: VisualPlan, config: ReduceConfig, method: Reducer, budget: Budget) -> Windows:

@@ -4,8 +4,12 @@ Rank 0 takes the reduced sequence as it left the reduction (not as the ranks rec
 eager attention over it and the written tokens in one pass, and compares
 
     written     logits of every position that produced a token: at most `tolerance` apart
-    all         logits of every position of the prompt: at most twice as far apart as sdpa and eager are from each other
+    all         logits of every position of the prompt: at most twice as far apart as sdpa and eager are from each other,
+                or `tolerance` where that is more
     tokens      what one rank would have written; where it differs, the one-rank gap between its best two logits
+
+In a 16-bit type two correct runs differ by far more than float32's tolerance; there it is raised to twice the difference of
+sdpa and eager on the written positions. The tolerances that were applied stand in the result.
 """
 
 from __future__ import annotations
@@ -46,9 +50,13 @@ def verify(
         return None
     reference = {kind: _alone(adapter, short, x, planes, answer.ids[:-1], kind) for kind in ("sdpa", "eager")}
     length = layout.total
+    prompt, written = slice(0, length), slice(length - 1, None)
+    if answer.hidden.dtype in (torch.bfloat16, torch.float16):
+        own = _largest(adapter, reference["eager"][:, written], reference["sdpa"][:, written])
+        tolerance = max(tolerance, 2 * own)
     return {
-        **_written(adapter, reference["sdpa"][:, length - 1 :], answer, config, tolerance),
-        **_everywhere(adapter, hidden, reference["sdpa"][:, :length], reference["eager"][:, :length], tolerance),
+        **_written(adapter, reference["sdpa"][:, written], answer, config, tolerance),
+        **_everywhere(adapter, hidden, reference["sdpa"][:, prompt], reference["eager"][:, prompt], tolerance),
         "tolerance": tolerance,
     }
 
@@ -91,14 +99,17 @@ def _written(
 
 
 def _everywhere(adapter: Adapter, hidden: Tensor, sdpa: Tensor, eager: Tensor, tolerance: float) -> dict[str, Any]:
-    spread, own = 0.0, 0.0
-    for first in range(0, hidden.shape[1], CHUNK_ROWS):
-        rows = slice(first, first + CHUNK_ROWS)
-        logits = adapter.logits(sdpa[:, rows])
-        spread = max(spread, (adapter.logits(hidden[:, rows]) - logits).abs().max().item())
-        own = max(own, (adapter.logits(eager[:, rows]) - logits).abs().max().item())
+    spread, own = _largest(adapter, hidden, sdpa), _largest(adapter, eager, sdpa)
+    allowed = max(2 * own, tolerance)
     return {
         "max_logit_diff_all": spread,
         "sdpa_eager_diff_all": own,
-        "all_within_tolerance": spread <= max(2 * own, tolerance),
+        "tolerance_all": allowed,
+        "all_within_tolerance": spread <= allowed,
     }
+
+
+def _largest(adapter: Adapter, a: Tensor, b: Tensor) -> float:
+    """Largest difference of the logits of two runs of hidden states, a few rows at a time."""
+    runs = zip(a.split(CHUNK_ROWS, dim=1), b.split(CHUNK_ROWS, dim=1))
+    return max((adapter.logits(x) - adapter.logits(y)).abs().max().item() for x, y in runs)

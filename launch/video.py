@@ -70,6 +70,18 @@ class FramePlan:
     def __len__(self) -> int:
         return len(self.refs)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the joined video: that of the first chosen frame."""
+        clip = self.clips[self.refs[0].clip]
+        return clip.height, clip.width
+
+    @property
+    def other_sizes(self) -> list[str]:
+        """Chosen clips of another size, as "path WxH", each once."""
+        chosen = (self.clips[ref.clip] for ref in self.refs)
+        return list(dict.fromkeys(f"{c.path} {c.width}x{c.height}" for c in chosen if (c.height, c.width) != self.size))
+
 
 def probe(path: str | Path) -> VideoInfo:
     """Measure one file by walking through its packets, without decoding more than its first frame.

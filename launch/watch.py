@@ -134,6 +134,7 @@ class Watcher:
             with self.stages.span("read"):
                 images = [image for _, (_, image) in zip(range(min(size, job.last - first)), stream)]
                 pictures.look(first, images)
+                images = [resized(image, *self.frames.size) for image in images]
             with self.stages.span("encode"):
                 yield self._encode(images, first)
 
@@ -169,6 +170,17 @@ class Watcher:
         x, index = torch.cat([k[0] for k in kept]), torch.cat([k[1] for k in kept])
         planes = [k[2] for k in kept if k[2] is not None]
         return Kept(x, index, torch.cat(planes) if planes else None, pictures.taken)
+
+
+def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A frame (H, W, 3) uint8 in the size of the joined video; as it is where it has that size."""
+    if image.shape[:2] == (height, width):
+        return image
+    planes = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    small = torch.nn.functional.interpolate(
+        planes, (height, width), mode="bilinear", antialias=True, align_corners=False
+    )
+    return small[0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy()
 
 
 def join(parts: Sequence[VisualTokens], nothing: VisualTokens) -> VisualTokens:

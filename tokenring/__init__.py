@@ -9,7 +9,8 @@ from tokenring.decode import decode_attention
 from tokenring.inprocess import run_local
 from tokenring.layout import Layout
 from tokenring.mask import Mask
-from tokenring.plan import AttentionShape, Plan
+from tokenring.plan import Plan
+from tokenring.shape import AttentionShape
 from tokenring.transport import Event, Trace, Traffic, TransportError, connect, count_traffic, trace
 
 __all__ = [

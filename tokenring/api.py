@@ -15,8 +15,10 @@ from tokenring.choose import forward_plan
 from tokenring.layout import Layout
 from tokenring.mask import Mask
 from tokenring.merge import accumulator_dtype, merge_sinks_
-from tokenring.plan import AttentionShape, Plan, Problem
+from tokenring.plan import Plan, Problem
+from tokenring.shape import AttentionShape
 from tokenring.transport import Transport, connect
+from tokenring.work import ForwardWork, Options
 
 
 def plan(
@@ -130,7 +132,7 @@ def attention(
         refuse(runtime, error)
         raise
     agree(runtime, plan, (scale, softcap, sinks is None))
-    options = executor.Options(chosen, 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale), softcap)
+    options = Options(chosen, 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale), softcap)
     out, lse = _Attention.apply(q, k, v, sinks, plan, runtime, options)
     return (out, lse) if return_lse else out
 
@@ -145,9 +147,10 @@ class _Attention(torch.autograd.Function):
         sinks: Tensor | None,
         plan: Plan,
         runtime: Transport,
-        options: executor.Options,
+        options: Options,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = executor.run(plan, runtime, q.contiguous(), k.contiguous(), v.contiguous(), options)
+        work = ForwardWork(q.contiguous(), k.contiguous(), v.contiguous(), options)
+        out, lse = executor.run(plan, runtime, work)
         if sinks is not None:
             out = out.to(accumulator_dtype(q.dtype))
             merge_sinks_(out, lse, sinks)

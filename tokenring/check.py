@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from tokenring.check_slots import LANES, PlanError, check_slots
 from tokenring.plan import PAYLOAD_LANE, RETURN_LANE, Compute, Piece, Plan, Slot, Step, Transfer
-from tokenring.segments import Tile
+from tokenring.segments import Tile, rows_in, union
 
 __all__ = ["PlanError", "Report", "check"]
 
@@ -145,22 +145,29 @@ def _merged(plan: Plan, steps: list[tuple[Step, ...]]) -> None:
     ends: Counter[tuple[int, str]] = Counter(
         (rank, name) for rank, mine in enumerate(steps) for step in mine for name in step.merges
     )
-    returns = {(t.source, t.source_slot): t for mine in steps for step in mine for t in step.sends[RETURN_LANE]}
+    returns: defaultdict[tuple[int, str], list[Transfer]] = defaultdict(list)
+    for transfer in (t for mine in steps for step in mine for t in step.sends[RETURN_LANE]):
+        returns[(transfer.source, transfer.source_slot)].append(transfer)
     for rank, mine in enumerate(steps):
         for index, step in enumerate(mine):
-            for compute in step.computes:
-                transfer = returns.get((rank, compute.out.name))
-                at, name, pieces = (rank, compute.out.name, compute.out.pieces)
-                if transfer is not None:
-                    at, name, pieces = (transfer.destination, transfer.destination_slot, transfer.pieces)
-                lost = any(p.owner != at for p in pieces) or pieces != compute.out.pieces
-                if ends.pop((at, name), 0) != 1 or lost:
+            for partial in (result for compute in step.computes for result in compute.results):
+                parts = [(t.destination, t.destination_slot, t.pieces) for t in returns.pop((rank, partial.name), ())]
+                if not _ends_once(partial, parts or [(rank, partial.name, partial.pieces)], ends):
                     raise PlanError(
-                        f"rank {rank}, step {index}: partial {compute.out.name} is not merged exactly once by its owner"
+                        f"rank {rank}, step {index}: partial {partial.name} is not merged exactly once by its owner"
                     )
     if ends:
         rank, name = next(iter(ends))
         raise PlanError(f"rank {rank}: merges {name}, which no compute makes")
+    if returns:
+        raise PlanError(f"{next(iter(returns.values()))[0]} is no partial of a compute")
+
+
+def _ends_once(partial: Slot, parts: list[tuple[int, str, tuple[Piece, ...]]], ends: Counter[tuple[int, str]]) -> bool:
+    """Whether the parts are the partial, each row once, and each part is merged once at the rank that owns it."""
+    merged = [ends.pop((at, name), 0) == 1 and all(p.owner == at for p in rows) for at, name, rows in parts]
+    moved = [r for _, _, rows in parts for r in partial.locate(rows)]
+    return all(merged) and rows_in(moved) == rows_in(union(moved)) == partial.rows
 
 
 def _live(steps: list[tuple[Step, ...]]) -> None:

@@ -8,7 +8,7 @@ whole     tiles lie inside their slots and are trimmed (a kernel gives every que
 
 from __future__ import annotations
 
-from tokenring.plan import PAYLOAD_LANE, RETURN_LANE, Compute, Piece, Plan, Slot, Step, Transfer
+from tokenring.plan import PAYLOAD_LANE, RETURN_LANE, Compute, Piece, Plan, Problem, Slot, Step, Transfer
 from tokenring.segments import Range, rows_in, union
 
 LANES = (PAYLOAD_LANE, RETURN_LANE)
@@ -27,9 +27,9 @@ def check_slots(plan: Plan, rank: int, steps: tuple[Step, ...]) -> None:
         where = f"rank {rank}, step {index}"
         _once(step, names, where)
         for compute in step.computes:
-            _whole(compute, held, where)
+            _whole(compute, held, plan.problem, where)
         _locate(held, step.sends[PAYLOAD_LANE], "source_slot", where)
-        held.update({compute.out.name: compute.out for compute in step.computes})
+        held.update({slot.name: slot for compute in step.computes for slot in compute.results})
         _locate(held, step.sends[RETURN_LANE], "source_slot", where)
         held.update({slot.name: slot for slot in flying})
         for name in step.merges:
@@ -44,25 +44,29 @@ def check_slots(plan: Plan, rank: int, steps: tuple[Step, ...]) -> None:
 
 
 def _once(step: Step, names: set[str], where: str) -> None:
-    for slot in (*step.slots, *(compute.out for compute in step.computes)):
+    for slot in (*step.slots, *(result for compute in step.computes for result in compute.results)):
         if slot.name in names:
             raise PlanError(f"{where}: slot {slot.name} is filled again; every filling needs a name of its own")
         names.add(slot.name)
 
 
-def _whole(compute: Compute, held: dict[str, Slot], where: str) -> None:
+def _whole(compute: Compute, held: dict[str, Slot], problem: Problem, where: str) -> None:
     if compute.q not in held or compute.kv not in held:
         raise PlanError(f"{where}: computes on {compute.q} and {compute.kv}, holds {sorted(held)}")
     q, kv = held[compute.q], held[compute.kv]
-    if (q.what, kv.what, compute.out.what) != ("q", "kv", "out"):
-        raise PlanError(f"{where}: computes {compute.out.what} of {q.what} and {kv.what}; it must be out of q and kv")
+    given = (" and ".join(result.what for result in compute.results), q.what, kv.what)
+    allowed = ("dq and dkv", "qd", "kv") if problem.backward else ("out", "q", "kv")
+    if given != allowed:
+        raise PlanError("{}: computes {} of {} and {}; it must be {} of {} and {}".format(where, *given, *allowed))
     for tile in compute.tiles:
         inside = tile.q_start >= 0 and tile.q_stop <= q.rows and tile.k_start >= 0 and tile.k_stop <= kv.rows
         if not inside or tile.trim() != tile:
             raise PlanError(f"{where}: {tile} is not trimmed, or not inside {q.rows} query and {kv.rows} key rows")
-    wanted = union((t.q_start, t.q_stop) for t in compute.tiles)
-    if not wanted or _rows(q, compute.out.pieces, where) != wanted:
-        raise PlanError(f"{where}: partial {compute.out.name} does not hold the query rows {wanted} of its tiles")
+    rows = [(q, union((t.q_start, t.q_stop) for t in compute.tiles), "query")]
+    rows.append((kv, union((t.k_start, t.k_stop) for t in compute.tiles), "key"))
+    for result, (slot, wanted, side) in zip(compute.results, rows):
+        if not wanted or union(_rows(slot, result.pieces, where)) != wanted or rows_in(wanted) != result.rows:
+            raise PlanError(f"{where}: partial {result.name} does not hold the {side} rows {wanted} of its tiles")
 
 
 def _locate(held: dict[str, Slot], transfers: tuple[Transfer, ...], end: str, where: str) -> None:

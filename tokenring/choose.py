@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from tokenring.plan import AttentionShape, Plan, Problem, Step, Transfer
+from tokenring.plan import Plan, Problem, Step, Transfer
 from tokenring.schedules import FORWARD, NAMES
+from tokenring.shape import AttentionShape
 
 PREFERENCE = ("ring", "tokenring", "gather")
 SAMPLED_RANKS = 32
@@ -47,4 +48,4 @@ def _both_ways(step: Step) -> tuple[tuple[Transfer, ...], ...]:
 
 
 def _moved(plan: Plan, transfers: tuple[Transfer, ...]) -> int:
-    return sum(t.rows * plan.shape.row_bytes(t.what) for t in transfers)
+    return sum(plan.transfer_bytes(t) for t in transfers)

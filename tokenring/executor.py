@@ -1,4 +1,4 @@
-"""Runs a plan on one rank. It knows steps, slots and lanes, and no schedule by name.
+"""Runs a plan on one rank, forward or backward. It knows steps, slots and lanes, and no schedule by name.
 
 Order in one step: the receives of the next step are posted, then this step's sends; tiles are computed while both move; the
 partials made for others leave; what came home in the step before is merged. Receives always precede the sends of their step,
@@ -8,54 +8,37 @@ because on a shared connection a receive's ready message would queue behind bulk
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tokenring.kernels.base import BlockKernel
-from tokenring.merge import accumulator_dtype, merge_
 from tokenring.plan import PAYLOAD_LANE, RETURN_LANE, Compute, Plan, Slot, Step, Transfer
 from tokenring.segments import Range
 from tokenring.transport import Event, Message, Transport
-
-ROW_DIMS = {"q": (1,), "kv": (1, 1), "out": (1, 2)}
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What every block of one call shares."""
-
-    kernel: BlockKernel
-    scale: float
-    softcap: float | None
+from tokenring.work import ROW_DIMS, Tensors, Work
 
 
-def run(plan: Plan, transport: Transport, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """This rank's attention: out (B, Sq, Hq, Dv) in the accumulator or input dtype, lse (B, Hq, Sq)."""
+def run(plan: Plan, transport: Transport, work: Work) -> Tensors:
+    """This rank's part of the plan: `work.result()` when all steps are done."""
     try:
-        return _Run(plan, transport, q, k, v, options).result()
+        return _Run(plan, transport, work).result()
     except BaseException as error:
         transport.abandon(error)
         raise
 
 
 class _Run:
-    """One rank's slots, what is under way, and the accumulated (out, lse)."""
+    """One rank's slots, and what is under way."""
 
-    def __init__(self, plan: Plan, transport: Transport, q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
-        self.transport, self.options = transport, options
+    def __init__(self, plan: Plan, transport: Transport, work: Work) -> None:
+        self.transport, self.work = transport, work
         self.steps = plan.steps(transport.rank)
-        self.example = {"q": (q,), "kv": (k, v)}
         self.slots: dict[str, Slot] = {what: plan.problem.own(what, transport.rank) for what in ("q", "kv")}
-        self.held: dict[str, tuple[Tensor, ...]] = {"q": (q,), "kv": (k, v)}
+        self.held: dict[str, Tensors] = dict(work.inputs)
         self.last_use = _last_uses(self.steps)
         self.landing: dict[tuple[int, int], list[tuple[Tensor, Tensor, int, tuple[Range, ...]]]] = {}
-        self.out: Tensor | None = None
-        self.lse: Tensor | None = None
-        self.rows = q.shape[1]
 
-    def result(self) -> tuple[Tensor, Tensor]:
+    def result(self) -> Tensors:
         self._open(PAYLOAD_LANE, 0)
         for index, step in enumerate(self.steps):
             self._open(PAYLOAD_LANE, index + 1)
@@ -71,10 +54,7 @@ class _Run:
             for name in [n for n in self.held if self.last_use.get(n, -1) <= index and n not in self._arriving(index)]:
                 del self.held[name]
         self._wait(RETURN_LANE, len(self.steps) - 1)
-        if self.out is None or self.lse is None:
-            self._empty()
-        assert self.out is not None and self.lse is not None
-        return self.out, self.lse
+        return self.work.result()
 
     # -- transfers ---------------------------------------------------------------------------------------------------
 
@@ -85,7 +65,7 @@ class _Run:
         for slot in step.slots:
             if any(t.destination_slot == slot.name for t in step.receives[lane]):
                 self.slots[slot.name] = slot
-                self.held[slot.name] = self._allocate(slot)
+                self.held[slot.name] = self.work.allocate(slot)
         messages: list[Message] = []
         for transfer in step.receives[lane]:
             ranges = self.slots[transfer.destination_slot].locate(transfer.pieces)
@@ -104,15 +84,11 @@ class _Run:
 
     def _messages(self, transfer: Transfer) -> list[Message]:
         ranges = self.slots[transfer.source_slot].locate(transfer.pieces)
-        messages: list[Message] = []
+        rows: list[Tensor] = []
         for tensor, dim in zip(self.held[transfer.source_slot], ROW_DIMS[transfer.what]):
-            rows = _view(tensor, dim, ranges)
-            if rows is None:
-                rows = torch.cat([tensor.narrow(dim, a, b - a) for a, b in ranges], dim=dim)
-            if transfer.what == "out" and dim == 1:
-                rows = rows.to(self.example["q"][0].dtype)
-            messages.append((transfer.destination, rows.contiguous()))
-        return messages
+            view = _view(tensor, dim, ranges)
+            rows.append(torch.cat([tensor.narrow(dim, a, b - a) for a, b in ranges], dim=dim) if view is None else view)
+        return [(transfer.destination, x.contiguous()) for x in self.work.on_wire(transfer.what, tuple(rows))]
 
     def _wait(self, lane: int, index: int) -> None:
         if index < 0 or not (self.steps[index].sends[lane] or self.steps[index].receives[lane]):
@@ -127,57 +103,34 @@ class _Run:
     def _arriving(self, index: int) -> set[str]:
         return {slot.name for step in self.steps[index : index + 2] for slot in step.slots}
 
-    def _allocate(self, slot: Slot) -> tuple[Tensor, ...]:
-        (q,), (_, v) = self.example["q"], self.example["kv"]
-        if slot.what != "out":
-            return tuple(t.new_empty(t.shape[0], slot.rows, *t.shape[2:]) for t in self.example[slot.what])
-        out = q.new_empty(q.shape[0], slot.rows, q.shape[2], v.shape[3])
-        return out, q.new_empty(q.shape[0], q.shape[2], slot.rows, dtype=accumulator_dtype(q.dtype))
-
     # -- compute and merge -------------------------------------------------------------------------------------------
 
     def _compute(self, compute: Compute, index: int) -> None:
         start = time.perf_counter()
-        (q,), (k, v) = self.held[compute.q], self.held[compute.kv]
-        first = min(t.q_start for t in compute.tiles)
-        last = max(t.q_stop for t in compute.tiles)
-        out, lse = self.options.kernel.forward(
-            q, k, v, compute.tiles, (first, last), self.options.scale, self.options.softcap
-        )
-        if compute.out.rows != last - first:
-            rows = [r - first for t in self.slots[compute.q].locate(compute.out.pieces) for r in range(*t)]
-            picked = torch.tensor(rows, device=q.device)
-            out, lse = out.index_select(1, picked), lse.index_select(2, picked)
-        self.slots[compute.out.name] = compute.out
-        self.held[compute.out.name] = (out, lse)
+        sides = (compute.q, compute.kv)
+        partials = self.work.compute(*(self.held[side] for side in sides), compute.tiles)
+        for slot, side, (first, tensors) in zip(compute.results, sides, partials):
+            rows = self.slots[side].locate(slot.pieces)
+            self.slots[slot.name] = slot
+            self.held[slot.name] = _rows(tensors, ROW_DIMS[slot.what], [(a - first, b - first) for a, b in rows])
         if self.transport.tracing:
             self.transport.record(Event("compute", start, time.perf_counter(), index))
 
     def _merge(self, name: str, index: int) -> None:
         start = time.perf_counter()
-        out, lse = self.held[name]
-        ranges = [(p.start, p.stop) for p in self.slots[name].pieces]
-        if self.out is None and ranges == [(0, self.rows)]:
-            self.out, self.lse = out, lse
-            return
-        if self.out is None:
-            self._empty()
-        assert self.out is not None and self.lse is not None
-        dtype = accumulator_dtype(self.out.dtype)
-        self.out = self.out.to(dtype)
-        row = 0
-        for a, b in ranges:
-            part = slice(row, row + b - a)
-            merge_(self.out[:, a:b], self.lse[:, :, a:b], out[:, part], lse[:, :, part])
-            row += b - a
+        slot = self.slots[name]
+        self.work.merge(self.held[name], slot, [(p.start, p.stop) for p in slot.pieces])
         if self.transport.tracing:
             self.transport.record(Event("merge", start, time.perf_counter(), index))
 
-    def _empty(self) -> None:
-        (q,), (_, v) = self.example["q"], self.example["kv"]
-        dtype = accumulator_dtype(q.dtype)
-        self.out = torch.zeros(q.shape[0], self.rows, q.shape[2], v.shape[3], dtype=dtype, device=q.device)
-        self.lse = torch.full((q.shape[0], q.shape[2], self.rows), -torch.inf, dtype=dtype, device=q.device)
+
+def _rows(tensors: Tensors, dims: tuple[int, ...], ranges: list[Range]) -> Tensors:
+    """Just these rows: nothing is copied where they are all there is, or follow one another."""
+    picked = []
+    for tensor, dim in zip(tensors, dims):
+        parts = [tensor.narrow(dim, a, b - a) for a, b in ranges]
+        picked.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim))
+    return tuple(picked)
 
 
 def _view(tensor: Tensor, dim: int, ranges: tuple[Range, ...]) -> Tensor | None:

@@ -23,6 +23,7 @@ import torch
 from tokenring.layout import Layout
 from tokenring.mask import Mask
 from tokenring.segments import Range, Segment, Tile
+from tokenring.shape import AttentionShape
 
 if TYPE_CHECKING:
     from tokenring.check import Report
@@ -45,7 +46,11 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Rows that a rank holds under one name: queries ("q"), keys and values ("kv"), or a partial ("out": out and lse)."""
+    """Rows that a rank holds under one name.
+
+    what: "q", "kv" (k and v), "out" (a partial out and lse); backward "qd" (q, do, lse, delta), "dq" and "dkv" (partial
+    gradients), "dkv_sum" (gradients of keys and values that gather partials on their way home).
+    """
 
     name: str
     what: str
@@ -96,11 +101,15 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Tiles of a query slot against a key slot; the result is a partial for exactly the query rows in `out.pieces`."""
+    """Tiles of a query slot against a key slot, and the partials they give.
+
+    `results` holds the partial of exactly those query rows that have a tile ("out", backward "dq"), then, backward only, that
+    of exactly those key rows that have one ("dkv").
+    """
 
     q: str
     kv: str
-    out: Slot
+    results: tuple[Slot, ...]
     tiles: tuple[Tile, ...]
 
 
@@ -115,46 +124,6 @@ class Step:
     merges: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionShape:
-    """Global shape of one attention call: lengths over all ranks, heads, head dims, dtype of q, k, v and out."""
-
-    batch: int
-    q_length: int
-    kv_length: int
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    v_head_dim: int | None = None
-    dtype: torch.dtype = torch.bfloat16
-
-    def __post_init__(self) -> None:
-        v_dim = self.head_dim if self.v_head_dim is None else self.v_head_dim
-        if min(self.batch, self.q_heads, self.kv_heads, self.head_dim, v_dim) < 1 or self.q_heads % self.kv_heads:
-            raise ValueError(
-                f"AttentionShape got batch={self.batch}, q_heads={self.q_heads}, kv_heads={self.kv_heads}, "
-                f"head_dim={self.head_dim}, v_head_dim={self.v_head_dim}; "
-                "all must be 1 or more and q_heads a multiple of kv_heads"
-            )
-        if min(self.q_length, self.kv_length) < 0 or not self.dtype.is_floating_point:
-            raise ValueError(
-                f"AttentionShape got q_length={self.q_length}, kv_length={self.kv_length}, dtype={self.dtype}; "
-                "lengths must be 0 or more, the dtype a floating one"
-            )
-
-    def row_bytes(self, what: str) -> int:
-        """Bytes of one row of all batch entries on the wire: "q", "kv", or "out" (out in the input's dtype, lse float32)."""
-        size = self.dtype.itemsize
-        v_dim = self.head_dim if self.v_head_dim is None else self.v_head_dim
-        if what == "q":
-            return self.batch * self.q_heads * self.head_dim * size
-        if what == "kv":
-            return self.batch * self.kv_heads * (self.head_dim + v_dim) * size
-        assert what == "out"
-        lse_size = 8 if self.dtype == torch.float64 else 4
-        return self.batch * self.q_heads * (v_dim * size + lse_size)
-
-
 @dataclass(frozen=True)
 class Problem:
     """What a schedule is given: who holds which positions, and which pairs count."""
@@ -163,6 +132,16 @@ class Problem:
     q_layout: Layout
     kv_layout: Layout
     mask: Mask
+    direction: str = "forward"
+
+    @property
+    def backward(self) -> bool:
+        return self.direction == "backward"
+
+    @property
+    def query_result(self) -> str:
+        """What a compute gives for queries: "out" forward, "dq" backward."""
+        return "dq" if self.backward else "out"
 
     def segments(self, what: str, pieces: Iterable[Piece]) -> list[Segment]:
         """The position runs of pieces, in order."""
@@ -184,7 +163,7 @@ class Problem:
     def own(self, what: str, rank: int) -> Slot:
         """A rank's own rows, as the slot every plan starts with."""
         layout = self.kv_layout if what == "kv" else self.q_layout
-        return Slot(what, what, (Piece(rank, 0, layout.length(rank)),))
+        return Slot(what, "qd" if what == "q" and self.backward else what, (Piece(rank, 0, layout.length(rank)),))
 
 
 Builder = Callable[[Problem, int], tuple[Step, ...]]
@@ -202,7 +181,12 @@ class Plan:
     shape: AttentionShape
     builder: Builder = field(repr=False)
     why: str = ""
-    direction: str = "forward"
+    partial_dtype: torch.dtype | None = None
+    """Dtype of partial gradients that are returned straight; None: the input's."""
+
+    @property
+    def direction(self) -> str:
+        return self.problem.direction
 
     @property
     def world(self) -> int:
@@ -217,12 +201,16 @@ class Plan:
     def bytes_sent(self, source: int, destination: int | None = None) -> int:
         """Exact payload bytes that `source` sends, to one rank or in all."""
         return sum(
-            transfer.rows * self.shape.row_bytes(transfer.what)
+            self.transfer_bytes(transfer)
             for step in self.steps(source)
             for lane in step.sends
             for transfer in lane
             if destination in (None, transfer.destination)
         )
+
+    def transfer_bytes(self, transfer: Transfer) -> int:
+        """Payload bytes of one transfer."""
+        return transfer.rows * self.shape.row_bytes(transfer.what, self.partial_dtype)
 
     def check(self) -> Report:
         """Prove the plan: every allowed pair computed once, transfers paired and held, partials merged once, no deadlock.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -14,14 +15,25 @@ from launch.assets import find
 from tests.launch import tiny_models
 from tests.launch.drift import make_clip
 
+ROOT = Path(__file__).parents[2]
+
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "launch", *arguments], capture_output=True, text=True, timeout=300)
 
 
+def main_job(*settings: str) -> list[str]:
+    """The arguments that `make video` gives to the command."""
+    shown = subprocess.run(
+        ["make", "-n", "video", *settings], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    recipe = next(line for line in shown.splitlines() if "/tokenring run" in line)
+    return shlex.split(recipe)[1:]
+
+
 def test_the_demo_on_four_ranks_equals_one_rank(tmp_path: Path) -> None:
-    arguments = "run clip:bigbuckbunny --frames 6 --reduce divprune:0.1 --nproc 4 --schedule tokenring --max-new-tokens 6".split()
-    done = command(*arguments, "--verify", "--json", "--out", str(tmp_path / "out"))
+    arguments = main_job("FRAMES=6", f"OUT={tmp_path / 'out'}")
+    done = command(*arguments, "--json", "--max-new-tokens", "6")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["verify"]["max_logit_diff"] <= 2e-4 and report["verify"]["same_tokens"]
@@ -51,6 +63,37 @@ def test_a_model_directory_runs_over_ranks_and_is_verified(tmp_path: Path, clip:
     assert json.loads(done.stdout)["verify"]["same_tokens"]
 
 
+def test_clips_of_different_sizes_are_joined_and_it_is_said(tmp_path: Path, clip: Path) -> None:
+    other = make_clip(tmp_path / "other.mp4", 5, height=48, width=96)
+    folder = tiny_models.qwen25(tmp_path / "model")
+    done = command(
+        "run",
+        str(clip),
+        str(other),
+        "--model",
+        str(folder),
+        "--nproc",
+        "2",
+        "--verify",
+        "--json",
+        "--max-new-tokens",
+        "3",
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["frames"] == 17 and report["verify"]["same_tokens"]
+    assert any("resized to 64x40" in warning and "other.mp4 96x48" in warning for warning in report["warnings"])
+
+
+def test_half_precision_is_verified_against_its_own_noise(tmp_path: Path, clip: Path) -> None:
+    folder = tiny_models.llava(tmp_path / "model")
+    done = command(
+        "run", str(clip), "--model", str(folder), "--nproc", "2", "--verify", "--json", "--dtype", "bfloat16"
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["verify"]["tolerance"] >= 2e-4
+
+
 def test_a_verification_above_its_tolerance_fails(tmp_path: Path, clip: Path) -> None:
     folder = tiny_models.llava(tmp_path / "model")
     arguments = [
@@ -78,6 +121,7 @@ def bare_model(folder: Path) -> Path:
 MISTAKES = {
     "missing file": (["none.mp4"], "none.mp4 cannot be found"),
     "not a video": (["text.mp4"], "text.mp4"),
+    "no clip of the demo": (["clip:nope"], "its clips are clip:bigbuckbunny"),
     "truncated video": (["cut.mp4"], "cut.mp4"),
     "no frames in range": (["good.mp4", "--start", "7"], "no frames lie in the range start=7"),
     "unknown reducer": (["good.mp4", "--reduce", "prune:0.1"], "unknown reduction method 'prune'"),

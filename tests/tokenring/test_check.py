@@ -93,8 +93,8 @@ def other_rows(steps: list[Step], rank: int) -> list[Step]:
     """The late half of the queries attends, and its partial claims to be the early half."""
     for index, step in enumerate(steps):
         for compute in step.computes:
-            if compute.out.pieces == (Piece(rank, 8, 16),):
-                wrong = replace(compute, out=Slot(compute.out.name, "out", (Piece(rank, 0, 8),)))
+            if compute.results[0].pieces == (Piece(rank, 8, 16),):
+                wrong = replace(compute, results=(Slot(compute.results[0].name, "out", (Piece(rank, 0, 8),)),))
                 return [*steps[:index], replace(step, computes=(wrong,)), *steps[index + 1 :]]
     return steps
 
@@ -117,7 +117,7 @@ DAMAGE = {
     "no tiles": ("ring", lambda steps, rank: with_first_compute(steps, tiles=()), "does not hold the query rows"),
     "rows lost": (
         "ring",
-        lambda steps, rank: with_first_compute(steps, out=Slot("out0", "out", (Piece(rank, 0, 7),))),
+        lambda steps, rank: with_first_compute(steps, results=(Slot("out0", "out", (Piece(rank, 0, 7),)),)),
         "does not hold the query rows",
     ),
     "queries as keys": ("ring", lambda steps, rank: with_first_compute(steps, kv="q"), "must be out of q and kv"),

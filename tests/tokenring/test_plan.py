@@ -116,9 +116,9 @@ def drop_compute(steps: list[Step], rank: int) -> list[Step]:
 
 def compute_twice(steps: list[Step], rank: int) -> list[Step]:
     first = steps[0].computes[0]
-    again = replace(first, out=replace(first.out, name="again"))
+    again = replace(first, results=(replace(first.results[0], name="again"),))
     return (
-        [replace(steps[0], computes=(first, again), merges=(first.out.name, "again")), *steps[1:]]
+        [replace(steps[0], computes=(first, again), merges=(first.results[0].name, "again")), *steps[1:]]
         if rank == 1
         else steps
     )

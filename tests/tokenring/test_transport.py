@@ -161,6 +161,6 @@ def test_one_rank_alone_can_be_traced_through_its_transport() -> None:
     q = torch.randn(1, 5, 2, 8)
     with tr.trace(alone) as trace:
         tr.attention(q, q, q, group=alone)
-    assert [event.kind for event in trace.events] == ["compute"]
+    assert [event.kind for event in trace.events] == ["compute", "merge"]
     with pytest.raises(ValueError, match="trace got no group"), tr.trace(None):
         pass

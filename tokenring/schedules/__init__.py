@@ -9,5 +9,10 @@ from tokenring.schedules.tokenring import tokenring
 
 FORWARD: dict[str, Builder] = {"ring": ring, "tokenring": tokenring, "gather": gather}
 
+BACKWARD: dict[str, Builder] = {"ring:direct": ring, "tokenring": tokenring, "gather": gather}
+
 NAMES = ("auto", *FORWARD)
 """What `schedule=` takes."""
+
+BACKWARD_NAMES = ("auto", *BACKWARD)
+"""What `backward_schedule=` takes."""

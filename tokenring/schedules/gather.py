@@ -2,13 +2,15 @@
 
 The own block is computed while the others arrive; they land in one workspace in global order, so that neighbouring blocks
 are one tile however many ranks sent them (the all-gather of Llama 3, arXiv 2407.21783, without the padding).
-Sent per rank, full mask: (N-1) KV, in one step; the workspace holds (N-1) KV.
+Backward gathers again; dk and dv of the workspace go straight home, where they are summed in float32 (a reduce-scatter).
+Sent per rank, full mask: (N-1) KV, in one step, backward (N-1) (KV + dKV); the workspace holds (N-1) KV.
 """
 
 from __future__ import annotations
 
 from tokenring.plan import Piece, Problem, Slot, Step, Transfer, pieces
 from tokenring.schedules.paths import attend, wanted
+from tokenring.schedules.returns import key_returns
 
 
 def gather(problem: Problem, rank: int) -> tuple[Step, ...]:
@@ -26,19 +28,26 @@ def gather(problem: Problem, rank: int) -> tuple[Step, ...]:
         for p in peers
         if (rows := wanted(problem, "kv", p, rank))
     )
-    near = attend(problem, queries, own, "out0")
-    far = attend(problem, queries, workspace, "out1")
+    near = attend(problem, queries, own, 0)
+    far = attend(problem, queries, workspace, 1)
+    first, second = (
+        key_returns(problem, rank, near, 0, {}),
+        key_returns(problem, rank, far, 1, dict.fromkeys(peers, "dkv1")),
+    )
     steps = [
         Step(
             sends=(sends, ()),
             receives=(receives, ()),
             slots=(workspace,) if receives else (),
             computes=(near,) if near else (),
-            merges=(near.out.name,) if near else (),
+            merges=first.merges,
         )
     ]
-    if far:
-        steps.append(Step(computes=(far,), merges=(far.out.name,)))
+    if far or second.receives:
+        back = ((), second.sends), ((), second.receives)
+        steps.append(Step(*back, slots=second.slots, computes=(far,) if far else (), merges=second.merges))
+    if second.slots:
+        steps.append(Step(merges=tuple(s.name for s in second.slots)))
     return tuple(steps)
 
 

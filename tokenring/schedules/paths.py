@@ -49,13 +49,16 @@ def direction(problem: Problem, what: str) -> int:
     return 1 if volume(1) <= volume(-1) else -1
 
 
-def attend(problem: Problem, q: Slot, kv: Slot, name: str) -> Compute | None:
-    """The compute of one slot against another, its partial named `name`; None where the mask leaves no pair."""
+def attend(problem: Problem, q: Slot, kv: Slot, step: int) -> Compute | None:
+    """The compute of one slot against another, its partials named by kind and step; None where the mask leaves no pair."""
     tiles = problem.tiles(q.pieces, kv.pieces)
     if not tiles:
         return None
-    rows = union((t.q_start, t.q_stop) for t in tiles)
-    return Compute(q.name, kv.name, Slot(name, "out", cut(q, rows)), tiles)
+    queries = cut(q, union((t.q_start, t.q_stop) for t in tiles))
+    results = [Slot(f"{problem.query_result}{step}", problem.query_result, queries)]
+    if problem.backward:
+        results.append(Slot(f"dkv{step}", "dkv", cut(kv, union((t.k_start, t.k_stop) for t in tiles))))
+    return Compute(q.name, kv.name, tuple(results), tiles)
 
 
 def cut(slot: Slot, rows: tuple[Range, ...]) -> tuple[Piece, ...]:

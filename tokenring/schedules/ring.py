@@ -3,21 +3,24 @@
     step 0      step 1      step 2            rank r holds the block of rank r - t on step t, computes on it
     KV0 KV1 KV2 KV2 KV0 KV1 KV1 KV2 KV0       and passes on what later ranks still want of it
 
-Sent per rank, full mask: (N-1) KV.
+Backward, dq stays with its queries and the block's dk and dv must come home. `ring:direct` sends each partial straight to the
+owner, which adds them in float32 (one rounding a partial, none a hop).
+Sent per rank, full mask: (N-1) KV forward, (N-1) (KV + dKV) backward.
 """
 
 from __future__ import annotations
 
 from tokenring.plan import Problem, Slot, Step, Transfer
 from tokenring.schedules.paths import attend, block, carried, direction
+from tokenring.schedules.returns import key_returns
 
 
 def ring(problem: Problem, rank: int) -> tuple[Step, ...]:
-    """One rank's steps: N of them, each with at most one block out and one in."""
+    """One rank's steps: N of them, each with at most one block out and one in; backward one more for the last return."""
     world, way = problem.world, direction(problem, "kv")
     right, left = (rank + way) % world, (rank - way) % world
     queries, held = problem.own("q", rank), problem.own("kv", rank)
-    steps = []
+    steps, home = [], ()
     for t in range(world):
         owner, coming = (rank - way * t) % world, (left - way * t) % world
         sends = receives = ()
@@ -28,21 +31,17 @@ def ring(problem: Problem, rank: int) -> tuple[Step, ...]:
             if leaving.rows:
                 sends = (Transfer(rank, right, "kv", leaving.pieces, held.name, leaving.name),)
             if arriving.rows:
-                receives = (Transfer(left, rank, "kv", arriving.pieces, _name(t), arriving.name),)
-        compute = attend(problem, queries, held, f"out{t}")
-        done = (compute,) if compute else ()
+                receives = (Transfer(left, rank, "kv", arriving.pieces, "kv" if t == 0 else f"kv{t}", arriving.name),)
+        compute = attend(problem, queries, held, t)
+        back = key_returns(problem, rank, compute, t, {(rank + way * t) % world: f"dkv{t}"})
         steps.append(
             Step(
-                sends=(sends, ()),
-                receives=(receives, ()),
-                slots=(arriving,) if receives else (),
-                computes=done,
-                merges=tuple(c.out.name for c in done),
+                sends=(sends, back.sends),
+                receives=(receives, back.receives),
+                slots=((arriving,) if receives else ()) + back.slots,
+                computes=(compute,) if compute else (),
+                merges=back.merges + home,
             )
         )
-        held = arriving
-    return tuple(steps)
-
-
-def _name(t: int) -> str:
-    return "kv" if t == 0 else f"kv{t}"
+        held, home = arriving, tuple(s.name for s in back.slots)
+    return (*steps, Step(merges=home)) if home else tuple(steps)

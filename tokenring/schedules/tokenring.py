@@ -1,11 +1,12 @@
-"""TokenRing: queries travel one way round, (out, lse) go straight home, keys and values never move (arXiv 2412.20501).
+"""TokenRing: queries travel one way round, their results go straight home, keys and values never move (arXiv 2412.20501).
 
     step 0        step 1                     step 2                              after the loop
     Q0 Q1 Q2  ->  Q1 Q2 Q0  (computed, then) Q2 Q0 Q1  while P(1) flies home ->  P(2) flies home, is merged
 
 Query and result use opposite directions of a link. On a causal zigzag the query first visits the ranks before its owner,
 which need all of it, then wraps, and only its late half goes on: `paths.carried` finds that, no case is written here.
-Sent per rank, full mask: (N-1) (Q + O + L), L the float32 lse.
+Forward, Q is the query and P is (out, lse). Backward, Q is (q, do, lse, delta) and P is dq; dk and dv stay where their keys are.
+Sent per rank, full mask: forward (N-1) (Q + O + L), backward (N-1) (2Q + 2L + dQ), L one float32 number a row and head.
 """
 
 from __future__ import annotations
@@ -22,24 +23,26 @@ def tokenring(problem: Problem, rank: int) -> tuple[Step, ...]:
     steps, home = [], ()
     for t in range(world):
         owner, coming = (rank - way * t) % world, (left - way * t) % world
-        arriving, out_now, in_now = Slot(f"q{t + 1}", "q", ()), (), ()
+        arriving, out_now, in_now = Slot(f"q{t + 1}", held.what, ()), (), ()
         if t < world - 1:
-            leaving = block("q", f"q{t + 1}", owner, carried(problem, "q", owner, way)[t + 1])
-            arriving = block("q", f"q{t + 1}", coming, carried(problem, "q", coming, way)[t + 1])
+            leaving = block(held.what, f"q{t + 1}", owner, carried(problem, "q", owner, way)[t + 1])
+            arriving = block(held.what, f"q{t + 1}", coming, carried(problem, "q", coming, way)[t + 1])
             if leaving.rows:
-                out_now = (Transfer(rank, right, "q", leaving.pieces, held.name, leaving.name),)
+                out_now = (Transfer(rank, right, held.what, leaving.pieces, held.name, leaving.name),)
             if arriving.rows:
-                in_now = (Transfer(left, rank, "q", arriving.pieces, "q" if t == 0 else f"q{t}", arriving.name),)
-        compute = attend(problem, held, values, f"out{t}")
+                in_now = (Transfer(left, rank, held.what, arriving.pieces, "q" if t == 0 else f"q{t}", arriving.name),)
+        compute = attend(problem, held, values, t)
         returns_out, returns_in, landing = (), (), ()
         if t > 0:
             helper = (rank + way * t) % world
-            back = block("out", f"home{t}", rank, wanted(problem, "q", rank, helper))
+            back = block(problem.query_result, f"home{t}", rank, wanted(problem, "q", rank, helper))
             if compute:
-                returns_out = (Transfer(rank, owner, "out", compute.out.pieces, compute.out.name, f"home{t}"),)
+                result = compute.results[0]
+                returns_out = (Transfer(rank, owner, result.what, result.pieces, result.name, f"home{t}"),)
             if back.rows:
-                returns_in, landing = (Transfer(helper, rank, "out", back.pieces, f"out{t}", back.name),), (back,)
-        own = (compute.out.name,) if compute and t == 0 else ()
+                sent = f"{problem.query_result}{t}"
+                returns_in, landing = (Transfer(helper, rank, back.what, back.pieces, sent, back.name),), (back,)
+        own = tuple(s.name for s in compute.results if t == 0 or s.what != problem.query_result) if compute else ()
         steps.append(
             Step(
                 sends=(out_now, returns_out),
