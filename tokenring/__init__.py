@@ -1,4 +1,4 @@
-"""Sequence-parallel attention: exact, any schedule, forward.
+"""Sequence-parallel attention: exact, any schedule, forward and backward.
 
 A schedule is data: `plan` builds it, `attention` runs it, `Plan.check`, `bytes_sent` and `explain` read it.
 """
@@ -8,6 +8,7 @@ from tokenring.api import attention, plan
 from tokenring.decode import decode_attention
 from tokenring.inprocess import run_local
 from tokenring.layout import Layout
+from tokenring.loss import cross_entropy
 from tokenring.mask import Mask
 from tokenring.plan import Plan
 from tokenring.shape import AttentionShape
@@ -26,6 +27,7 @@ __all__ = [
     "attention",
     "connect",
     "count_traffic",
+    "cross_entropy",
     "decode_attention",
     "plan",
     "prepare",

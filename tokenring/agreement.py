@@ -29,7 +29,7 @@ PARTS = (
     "kv_layout",
     "mask",
     "schedule",
-    "scale, softcap or sinks",
+    "scale, softcap, sinks or backward",
 )
 MESSAGE_BYTES = 384
 _HEAD = 16

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tokenring import executor, kernels
 from tokenring.agreement import agree, refuse
 from tokenring.arguments import check_given, check_options, check_tensors
-from tokenring.choose import forward_plan
+from tokenring.choose import choose_plan
 from tokenring.layout import Layout
 from tokenring.mask import Mask
 from tokenring.merge import accumulator_dtype, merge_sinks_
 from tokenring.plan import Plan, Problem
 from tokenring.shape import AttentionShape
 from tokenring.transport import Transport, connect
-from tokenring.work import ForwardWork, Options
+from tokenring.work import BackwardWork, ForwardWork, Options
 
 
 def plan(
@@ -30,6 +32,7 @@ def plan(
     kv_layout: Layout | str | None = None,
     mask: Mask | str = "causal",
     direction: str = "forward",
+    partial_dtype: torch.dtype | None = None,
 ) -> Plan:
     """The plan of a schedule: what every rank sends, computes and merges, before anything runs.
 
@@ -41,14 +44,15 @@ def plan(
         kv_layout: where keys and values are cut differently from queries. With the query layout's offset left at 0, causal
             and window masks then align bottom-right: query offset = kv length - query length.
         mask: "causal", "full" or a Mask.
-        direction: "forward"; backward plans are not built yet.
+        direction: "forward", or "backward": the schedules are then "ring:direct", "tokenring", "gather" or "auto".
+        partial_dtype: dtype in which partial gradients travel home; the input's where not given.
 
     >>> shape = AttentionShape(batch=1, q_length=8, kv_length=8, q_heads=2, kv_heads=1, head_dim=4, dtype=torch.float32)
     >>> plan("ring", world=2, shape=shape, layout="contiguous", mask="full").bytes_sent(0)
     128
     """
-    if direction != "forward":
-        raise ValueError(f'direction is {direction!r}; only "forward" plans exist in this version')
+    if direction not in ("forward", "backward"):
+        raise ValueError(f'direction is {direction!r}; give "forward" or "backward"')
     q_layout = _named(layout, shape.q_length, world)
     k_layout = q_layout if kv_layout is None else _named(kv_layout, shape.kv_length, world)
     for what, cut, length in (("layout", q_layout, shape.q_length), ("kv_layout", k_layout, shape.kv_length)):
@@ -57,9 +61,8 @@ def plan(
                 f"{what} cuts {cut.total} positions over {cut.world} ranks; the shape has {length} over {world} ranks"
             )
     allowed = Mask.of(mask)
-    return forward_plan(
-        schedule, Problem(world, _aligned(q_layout, k_layout, kv_layout, allowed), k_layout, allowed), shape
-    )
+    problem = Problem(world, _aligned(q_layout, k_layout, kv_layout, allowed), k_layout, allowed, direction)
+    return choose_plan(schedule, problem, shape, partial_dtype)
 
 
 def attention(
@@ -73,6 +76,7 @@ def attention(
     mask: Mask | str = "causal",
     schedule: str = "auto",
     backward_schedule: str = "auto",
+    partial_dtype: torch.dtype | None = None,
     plan: Plan | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -93,7 +97,9 @@ def attention(
         mask: "causal", "full" or a Mask.
         schedule: "auto", "ring", "tokenring" or "gather".
         plan: layout, mask and schedule in one: one plan serves every layer of a batch. Leave the others at their defaults.
-        backward_schedule: "auto"; this version computes no gradients.
+        backward_schedule: "auto", "ring:direct", "tokenring" or "gather", whatever the forward schedule is.
+        partial_dtype: dtype in which partial gradients travel to their owner, who adds them in float32 (float64 for
+            float64); the input's where not given.
         scale: 1 / sqrt(D) where not given.
         softcap: scores become softcap * tanh(scores / softcap).
         sinks: (Hq,), the logit of one virtual key of value 0 per head.
@@ -104,11 +110,12 @@ def attention(
         out (B, Sq_local, Hq, Dv) in q's dtype; with `return_lse` also lse (B, Hq, Sq_local), float32 (float64 for
         float64), natural log, the sink included. A row that may attend to nothing gives zeros and lse = -inf.
 
+    Differentiable in q, k, v and sinks; the gradient of `sinks` is this rank's share, to be summed over the group. lse is not.
+
     Raises:
         ValueError: for arguments that do not fit, before any payload is sent; AgreementError on the other ranks, and on
             all where ranks disagree (see `tokenring.agreement`).
         TransportError: a transfer failed or timed out.
-        RuntimeError: when a gradient is asked for (the backward pass does not exist in this version).
 
     >>> q, k, v = torch.randn(1, 6, 4, 8), torch.randn(1, 6, 2, 8), torch.randn(1, 6, 2, 8)
     >>> attention(q, k, v).shape
@@ -116,10 +123,6 @@ def attention(
     """
     runtime = connect(group)
     try:
-        if backward_schedule != "auto":
-            raise ValueError(
-                f'backward_schedule is {backward_schedule!r}; there is no backward pass yet, leave it at "auto"'
-            )
         check_tensors(q, k, v)
         check_options(q, sinks, scale, softcap)
         if plan is None:
@@ -127,13 +130,17 @@ def attention(
         else:
             check_given(plan, q, k, layout, kv_layout, mask, schedule)
         _check_plan(plan, q, k, v, runtime)
+        if plan.problem.backward:
+            raise ValueError('plan is a backward plan; give one made with direction="forward"')
+        back = replace(plan.problem, direction="backward")
+        backward = choose_plan(backward_schedule, back, plan.shape, partial_dtype)
         chosen = kernels.choose(kernel, q, v, softcap)
     except ValueError as error:
         refuse(runtime, error)
         raise
-    agree(runtime, plan, (scale, softcap, sinks is None))
+    agree(runtime, plan, (scale, softcap, sinks is None, backward.schedule, partial_dtype))
     options = Options(chosen, 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale), softcap)
-    out, lse = _Attention.apply(q, k, v, sinks, plan, runtime, options)
+    out, lse = _Attention.apply(q, k, v, sinks, (plan, backward), runtime, options)
     return (out, lse) if return_lse else out
 
 
@@ -145,23 +152,34 @@ class _Attention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         sinks: Tensor | None,
-        plan: Plan,
+        plans: tuple[Plan, Plan],
         runtime: Transport,
         options: Options,
     ) -> tuple[Tensor, Tensor]:
-        work = ForwardWork(q.contiguous(), k.contiguous(), v.contiguous(), options)
-        out, lse = executor.run(plan, runtime, work)
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out, lse = executor.run(plans[0], runtime, ForwardWork(q, k, v, options))
         if sinks is not None:
             out = out.to(accumulator_dtype(q.dtype))
             merge_sinks_(out, lse, sinks)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse, sinks)
+        ctx.plan, ctx.runtime, ctx.options = plans[1], runtime, options
         ctx.mark_non_differentiable(lse)
-        return out.to(q.dtype), lse
+        return out, lse
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            "tokenring.attention has no backward pass in this version; call it under torch.no_grad() or torch.inference_mode()"
-        )
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, sinks = ctx.saved_tensors
+        wide = accumulator_dtype(q.dtype)
+        delta = (do.to(wide) * out.to(wide)).sum(-1).transpose(1, 2).contiguous()
+        work = BackwardWork((q, do.contiguous(), lse.contiguous(), delta), k, v, ctx.options, ctx.plan.partial_dtype)
+        dq, dk, dv = executor.run(ctx.plan, ctx.runtime, work)
+        d_sinks = None
+        if sinks is not None:
+            share = torch.exp(sinks.to(wide)[None, :, None] - lse).masked_fill(torch.isneginf(lse), 0.0)
+            d_sinks = -(share * delta).sum(dim=(0, 2)).to(sinks.dtype)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_sinks, None, None, None
 
 
 def _named(layout: Layout | str, length: int, world: int) -> Layout:
@@ -209,7 +227,7 @@ def _plan_for(
     )
     allowed = Mask.of(mask)
     problem = Problem(world, _aligned(q_layout, k_layout, kv_layout, allowed), k_layout, allowed)
-    return forward_plan(schedule, problem, shape)
+    return choose_plan(schedule, problem, shape)
 
 
 def _check_plan(plan: Plan, q: Tensor, k: Tensor, v: Tensor, runtime: Transport) -> None:

@@ -6,28 +6,36 @@ links (Topology) builds on the same plans.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
+import torch
+
 from tokenring.plan import Plan, Problem, Step, Transfer
-from tokenring.schedules import FORWARD, NAMES
+from tokenring.schedules import BACKWARD, FORWARD
 from tokenring.shape import AttentionShape
 
 PREFERENCE = ("ring", "tokenring", "gather")
+BACKWARD_PREFERENCE = ("ring:direct", "tokenring", "gather")
 SAMPLED_RANKS = 32
 
 
 @lru_cache(maxsize=1024)
-def forward_plan(schedule: str, problem: Problem, shape: AttentionShape) -> Plan:
-    """The plan of a schedule by name, or of the one that "auto" picks."""
+def choose_plan(
+    schedule: str, problem: Problem, shape: AttentionShape, partial_dtype: torch.dtype | None = None
+) -> Plan:
+    """The plan of a schedule by name, or of the one that "auto" picks, in the problem's direction."""
+    builders, preference = (BACKWARD, BACKWARD_PREFERENCE) if problem.backward else (FORWARD, PREFERENCE)
     if schedule != "auto":
-        if schedule not in FORWARD:
-            raise ValueError(f"schedule is {schedule!r}; give one of {', '.join(NAMES)}")
-        return Plan(schedule, problem, shape, FORWARD[schedule])
-    plans = {name: Plan(name, problem, shape, FORWARD[name]) for name in PREFERENCE}
+        if schedule not in builders:
+            what = "backward_schedule" if problem.backward else "schedule"
+            raise ValueError(f"{what} is {schedule!r}; give one of auto, {', '.join(builders)}")
+        return Plan(schedule, problem, shape, builders[schedule], partial_dtype=partial_dtype)
+    plans = {name: Plan(name, problem, shape, builders[name], partial_dtype=partial_dtype) for name in preference}
     busiest = {name: _busiest(plan) for name, plan in plans.items()}
-    best = min(PREFERENCE, key=lambda name: busiest[name])
-    why = "auto: the busiest rank sends and receives " + ", ".join(f"{busiest[n]} bytes with {n}" for n in PREFERENCE)
-    return Plan(best, problem, shape, FORWARD[best], why)
+    best = min(preference, key=lambda name: busiest[name])
+    why = "auto: the busiest rank sends and receives " + ", ".join(f"{busiest[n]} bytes with {n}" for n in preference)
+    return replace(plans[best], why=why)
 
 
 def _busiest(plan: Plan) -> int:

@@ -34,7 +34,8 @@ DISAGREEMENTS = {
     "mask": ({"mask": "full"}, "ranks disagree on mask: rank 1 differs from rank 0"),
     "schedule": ({"schedule": "gather"}, "ranks disagree on schedule"),
     "dtype": ({"dtype": torch.float64}, "ranks disagree on shape or dtype"),
-    "scale": ({"scale": 0.5}, "ranks disagree on scale, softcap or sinks"),
+    "backward": ({"backward_schedule": "tokenring"}, "ranks disagree on scale, softcap, sinks or backward"),
+    "scale": ({"scale": 0.5}, "ranks disagree on scale, softcap, sinks or backward"),
     "layout": ({"layout": tr.Layout.zigzag(12, WORLD, offset=3)}, "ranks disagree on layout"),
 }
 

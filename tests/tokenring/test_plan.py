@@ -256,7 +256,13 @@ def test_plan_arguments_are_refused_by_name() -> None:
         tr.plan("ring", world=2, shape=shape, layout="zigzag")
     with pytest.raises(ValueError, match="one of auto, ring, tokenring, gather"):
         tr.plan("spiral", world=1, shape=shape, layout="zigzag")
-    with pytest.raises(ValueError, match='only "forward" plans'):
+    with pytest.raises(
+        ValueError, match='direction is "sideways"; give "forward" or "backward"'.replace('"sideways"', "'sideways'")
+    ):
+        tr.plan("ring", world=1, shape=shape, layout="zigzag", direction="sideways")
+    with pytest.raises(
+        ValueError, match="backward_schedule is 'ring'; give one of auto, ring:direct, tokenring, gather"
+    ):
         tr.plan("ring", world=1, shape=shape, layout="zigzag", direction="backward")
     with pytest.raises(ValueError, match="layout cuts 8 positions over 2 ranks; the shape has 7"):
         tr.plan("ring", world=2, shape=shape, layout=tr.Layout.zigzag(8, 2))

@@ -35,6 +35,54 @@ class BlockKernel(ABC):
             out (B, Sq, Hq, Dv) in q's dtype, lse (B, Hq, Sq) in float32 (float64 for float64).
         """
 
+    @abstractmethod
+    def block_backward(
+        self,
+        queries: tuple[Tensor, Tensor, Tensor, Tensor],
+        k: Tensor,
+        v: Tensor,
+        lower: int | None,
+        upper: int | None,
+        scale: float,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of one rectangle, a share of those of the whole rows and keys.
+
+        Args:
+            queries: q and do (B, Sq, Hq, D or Dv), lse and delta = rowsum(do * out) (B, Hq, Sq) of the whole rows.
+            k, v, lower, upper: as in `block`.
+
+        Returns:
+            dq, dk, dv of the shapes of q, k, v, in q's dtype or the accumulator's.
+        """
+
+    def backward(
+        self,
+        queries: tuple[Tensor, ...],
+        kv: tuple[Tensor, ...],
+        tiles: Sequence[Tile],
+        rows: tuple[int, int],
+        keys: tuple[int, int],
+        scale: float,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query rows `rows` and key rows `keys` over all tiles; what no tile holds gives zeros."""
+        with torch.autocast(queries[0].device.type, enabled=False):
+            dtype = accumulator_dtype(queries[0].dtype)
+            dq = torch.zeros_like(queries[0][:, slice(*rows)], dtype=dtype)
+            dk, dv = (torch.zeros_like(x[:, slice(*keys)], dtype=dtype) for x in kv)
+            for tile in tiles:
+                corner = tile.shift(-tile.q_start, -tile.k_start)
+                q_rows, k_rows = slice(tile.q_start, tile.q_stop), slice(tile.k_start, tile.k_stop)
+                q, do, lse, delta = queries
+                mine = (q[:, q_rows], do[:, q_rows], lse[:, :, q_rows], delta[:, :, q_rows])
+                k, v = (x[:, k_rows] for x in kv)
+                parts = self.block_backward(mine, k, v, corner.lower, corner.upper, scale, softcap)
+                dq[:, tile.q_start - rows[0] : tile.q_stop - rows[0]] += parts[0]
+                dk[:, tile.k_start - keys[0] : tile.k_stop - keys[0]] += parts[1]
+                dv[:, tile.k_start - keys[0] : tile.k_stop - keys[0]] += parts[2]
+        return dq, dk, dv
+
     def forward(
         self,
         q: Tensor,

@@ -42,9 +42,43 @@ class CpuFlashKernel(BlockKernel):
         merge_(out, lse, *_flash(q, k[:, upper:], v[:, upper:], True, scale))
         return out.to(q.dtype), lse
 
+    def block_backward(
+        self,
+        queries: tuple[Tensor, Tensor, Tensor, Tensor],
+        k: Tensor,
+        v: Tensor,
+        lower: int | None,
+        upper: int | None,
+        scale: float,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if lower is not None:
+            return ReferenceKernel().block_backward(queries, k, v, lower, upper, scale, softcap)
+        if upper is None or upper == 0:
+            return _flash_backward(queries, k, v, upper == 0, scale)
+        near = _flash_backward(queries, k[:, :upper], v[:, :upper], False, scale)
+        far = _flash_backward(queries, k[:, upper:], v[:, upper:], True, scale)
+        dk, dv = (torch.cat(parts, dim=1) for parts in zip(near[1:], far[1:]))
+        return near[0].to(accumulator_dtype(k.dtype)) + far[0], dk, dv
+
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, causal, scale=scale
     )
     return out.transpose(1, 2), lse
+
+
+def _flash_backward(
+    queries: tuple[Tensor, Tensor, Tensor, Tensor], k: Tensor, v: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator wants `out` only for delta = rowsum(do * out), so any tensor with that product serves: do * delta / |do|^2."""
+    q, do, lse, delta = queries
+    wide = do.to(lse.dtype)
+    length = wide.square().sum(-1).clamp_min_(torch.finfo(lse.dtype).tiny)
+    stand_in = (wide * (delta.transpose(1, 2) / length).unsqueeze(-1)).to(do.dtype)
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *(x.transpose(1, 2) for x in (do, q, k, v, stand_in)), lse, 0.0, causal, scale=scale
+    )
+    dq, dk, dv = (x.transpose(1, 2) for x in grads)
+    return dq, dk, dv

@@ -1,6 +1,7 @@
 """Plain attention in torch operations: any device, dtype, band, head dims; the oracle beside every faster kernel.
 
     out = softmax(scale * q k^T) v,   lse = log sum exp(scale * q k^T)
+    p = exp(scale * q k^T - lse),   dv = p^T do,   ds = p * (do v^T - delta),   dq = scale ds k,   dk = scale ds^T q
 
 Scores are computed in float32 (float64 for float64), a block of query rows at a time, so memory stays linear in length.
 """
@@ -44,6 +45,40 @@ class ReferenceKernel(BlockKernel):
             outs.append(out.flatten(1, 2).transpose(1, 2))
             lses.append(lse.flatten(1, 2))
         return torch.cat(outs, dim=1).to(q.dtype), torch.cat(lses, dim=2)
+
+    def block_backward(
+        self,
+        queries: tuple[Tensor, Tensor, Tensor, Tensor],
+        k: Tensor,
+        v: Tensor,
+        lower: int | None,
+        upper: int | None,
+        scale: float,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = accumulator_dtype(k.dtype)
+        heads = k.shape[2]
+        keys, values = (x.to(dtype).transpose(1, 2).unsqueeze(2) for x in (k, v))
+        dq = torch.empty_like(queries[0], dtype=dtype)
+        dk, dv = (torch.zeros(x.shape[0], heads, *x.shape[1::2], dtype=dtype, device=x.device) for x in (k, v))
+        for first in range(0, dq.shape[1], BLOCK_ROWS):
+            last = min(first + BLOCK_ROWS, dq.shape[1])
+            q, do = (x[:, first:last].to(dtype).transpose(1, 2).unflatten(1, (heads, -1)) for x in queries[:2])
+            lse, delta = (x[:, :, first:last].unflatten(1, (heads, -1)).unsqueeze(-1) for x in queries[2:])
+            seen = _seen(first, last - first, k.shape[1], lower, upper)
+            scores = (q * scale) @ keys[..., seen, :].transpose(-1, -2)
+            bent = None if softcap is None else torch.tanh(scores / softcap)
+            weights = torch.exp((scores if bent is None else softcap * bent) - lse)
+            blocked = _outside(first - seen.start, last - first, scores.shape[-1], lower, upper, k.device)
+            if blocked is not None:
+                weights = weights.masked_fill(blocked, 0.0)
+            slopes = weights * (do @ values[..., seen, :].transpose(-1, -2) - delta) * scale
+            if bent is not None:
+                slopes = slopes * (1 - bent * bent)
+            dq[:, first:last] = (slopes @ keys[..., seen, :]).flatten(1, 2).transpose(1, 2)
+            dk[:, :, seen] += (slopes.transpose(-1, -2) @ q).sum(2)
+            dv[:, :, seen] += (weights.transpose(-1, -2) @ do).sum(2)
+        return dq, dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 def _seen(first: int, rows: int, keys: int, lower: int | None, upper: int | None) -> slice:
