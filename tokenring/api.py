@@ -37,14 +37,14 @@ def plan(
     """The plan of a schedule: what every rank sends, computes and merges, before anything runs.
 
     Args:
-        schedule: "ring", "tokenring", "gather", or "auto" (see `tokenring.choose`).
+        schedule: "ring", "biring", "tokenring", "gather", or "auto" (see `tokenring.choose`).
         world: how many ranks.
         shape: the global shape of the call.
         layout: a Layout, or a name for `shape.q_length` positions.
         kv_layout: where keys and values are cut differently from queries. With the query layout's offset left at 0, causal
             and window masks then align bottom-right: query offset = kv length - query length.
         mask: "causal", "full" or a Mask.
-        direction: "forward", or "backward": the schedules are then "ring:direct", "tokenring", "gather" or "auto".
+        direction: "forward", or "backward": the schedules are then "ring:direct", "biring", "tokenring", "gather" or "auto".
         partial_dtype: dtype in which partial gradients travel home; the input's where not given.
 
     >>> shape = AttentionShape(batch=1, q_length=8, kv_length=8, q_heads=2, kv_heads=1, head_dim=4, dtype=torch.float32)
@@ -95,9 +95,9 @@ def attention(
         layout: a Layout, or a name where every rank holds equally many rows.
         kv_layout: where keys and values are cut differently from queries (then see `tokenring.plan` for the alignment).
         mask: "causal", "full" or a Mask.
-        schedule: "auto", "ring", "tokenring" or "gather".
+        schedule: "auto", "ring", "biring", "tokenring" or "gather".
         plan: layout, mask and schedule in one: one plan serves every layer of a batch. Leave the others at their defaults.
-        backward_schedule: "auto", "ring:direct", "tokenring" or "gather", whatever the forward schedule is.
+        backward_schedule: "auto", "ring:direct", "biring", "tokenring" or "gather", whatever the forward schedule is.
         partial_dtype: dtype in which partial gradients travel to their owner, who adds them in float32 (float64 for
             float64); the input's where not given.
         scale: 1 / sqrt(D) where not given.

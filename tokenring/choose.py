@@ -15,8 +15,8 @@ from tokenring.plan import Plan, Problem, Step, Transfer
 from tokenring.schedules import BACKWARD, FORWARD
 from tokenring.shape import AttentionShape
 
-PREFERENCE = ("ring", "tokenring", "gather")
-BACKWARD_PREFERENCE = ("ring:direct", "tokenring", "gather")
+PREFERENCE = ("ring", "biring", "tokenring", "gather")
+BACKWARD_PREFERENCE = ("ring:direct", "biring", "tokenring", "gather")
 SAMPLED_RANKS = 32
 
 

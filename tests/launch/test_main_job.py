@@ -125,7 +125,7 @@ MISTAKES = {
     "truncated video": (["cut.mp4"], "cut.mp4"),
     "no frames in range": (["good.mp4", "--start", "7"], "no frames lie in the range start=7"),
     "unknown reducer": (["good.mp4", "--reduce", "prune:0.1"], "unknown reduction method 'prune'"),
-    "unknown schedule": (["good.mp4", "--schedule", "star"], "one of auto, ring, tokenring, gather"),
+    "unknown schedule": (["good.mp4", "--schedule", "star"], "one of auto, ring, biring, tokenring, gather"),
     "budget below a token": (["good.mp4", "--reduce", "divprune:0.00001"], "below one token"),
     "more ranks than tokens": (
         ["good.mp4", "--frames", "1", "--reduce", "uniform:1", "--nproc", "400"],

@@ -72,7 +72,7 @@ def test_any_number_of_ranks_writes_what_one_rank_writes(
 ) -> None:
     alone = run_rank(None, config_of(clip, models[family], 1))
     assert alone.verify is not None and alone.verify["same_tokens"]
-    for world, schedule in ((2, "tokenring"), (3, "ring"), (5, "gather")):
+    for world, schedule in ((2, "tokenring"), (3, "ring"), (5, "gather"), (4, "biring")):
         records = pool.run(world, run_rank, config_of(clip, models[family], world, attention__schedule=schedule))
         first = records[0]
         assert first.generated_ids == alone.generated_ids and first.text == alone.text
@@ -178,3 +178,10 @@ def test_method_and_frames_come_from_the_configuration(clip: Path) -> None:
     assert method.name == "evs" and budget == Budget.ratio(0.25)
     assert [r.index for r in planned_frames(VideoConfig(paths=(str(clip),), fps=5.0)).refs] == list(range(0, 21, 2))
     assert len(planned_frames(VideoConfig(paths=("clip:carphone_pristine",), frames=3))) == 3
+
+
+def test_the_command_and_the_library_know_the_same_schedules() -> None:
+    from launch.config import SCHEDULES
+    from tokenring.schedules import NAMES
+
+    assert SCHEDULES == NAMES

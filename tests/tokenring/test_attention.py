@@ -15,7 +15,7 @@ from tests.oracle import dense_attention, random_qkv
 from tests.pool import Pool
 from tokenring import executor
 
-SCHEDULES = ("ring", "tokenring", "gather")
+SCHEDULES = ("ring", "biring", "tokenring", "gather")
 LAYOUTS = ("contiguous", "zigzag", "striped")
 
 
@@ -193,10 +193,13 @@ BAD_CALLS = {
         lambda q, k, v: tr.attention(q, k, v, mask=torch.ones(4, 4)),
         r'give "causal", "full" or a tokenring.Mask',
     ),
-    "schedule": (lambda q, k, v: tr.attention(q, k, v, schedule="star"), r"one of auto, ring, tokenring, gather"),
+    "schedule": (
+        lambda q, k, v: tr.attention(q, k, v, schedule="star"),
+        r"one of auto, ring, biring, tokenring, gather",
+    ),
     "backward": (
         lambda q, k, v: tr.attention(q, k, v, backward_schedule="ring"),
-        r"one of auto, ring:direct, tokenring, gather",
+        r"one of auto, ring:direct, biring, tokenring, gather",
     ),
     "kernel": (lambda q, k, v: tr.attention(q, k, v, kernel="magic"), r"one of auto, cpu_flash, reference"),
     "kernel limits": (lambda q, k, v: tr.attention(q, k, v, kernel="cpu_flash", softcap=1.0), r"has no softcap"),

@@ -16,7 +16,7 @@ from tests.pool import Pool
 from tokenring.kernels import KERNELS
 from tokenring.segments import Tile
 
-SCHEDULES = ("ring:direct", "tokenring", "gather")
+SCHEDULES = ("ring:direct", "biring", "tokenring", "gather")
 LAYOUTS = ("contiguous", "zigzag", "striped")
 
 

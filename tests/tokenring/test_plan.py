@@ -45,8 +45,18 @@ def test_full_mask_bytes_by_destination() -> None:
             assert tokenring.bytes_sent(rank, peer) == Q + LSE + queries
 
 
+def test_the_both_way_ring_sends_half_each_way() -> None:
+    plan = plan_of("biring", "full")
+    for rank in range(WORLD):
+        assert (
+            plan.bytes_sent(rank, (rank + 1) % WORLD)
+            == plan.bytes_sent(rank, (rank - 1) % WORLD)
+            == (WORLD - 1) * KV // 2
+        )
+
+
 def test_causal_zigzag_sends_three_quarters_in_every_schedule() -> None:
-    for name in ("ring", "gather", "tokenring"):
+    for name in ("ring", "biring", "gather", "tokenring"):
         causal, full = plan_of(name, "causal"), plan_of(name, "full")
         total = sum(causal.bytes_sent(r) for r in range(WORLD))
         assert total * 4 == 3 * sum(full.bytes_sent(r) for r in range(WORLD)), name
@@ -254,14 +264,14 @@ def test_plan_arguments_are_refused_by_name() -> None:
     shape = tr.AttentionShape(1, 7, 7, 2, 2, 8)
     with pytest.raises(ValueError, match="7 rows over 2 ranks are not; give a Layout"):
         tr.plan("ring", world=2, shape=shape, layout="zigzag")
-    with pytest.raises(ValueError, match="one of auto, ring, tokenring, gather"):
+    with pytest.raises(ValueError, match="one of auto, ring, biring, tokenring, gather"):
         tr.plan("spiral", world=1, shape=shape, layout="zigzag")
     with pytest.raises(
         ValueError, match='direction is "sideways"; give "forward" or "backward"'.replace('"sideways"', "'sideways'")
     ):
         tr.plan("ring", world=1, shape=shape, layout="zigzag", direction="sideways")
     with pytest.raises(
-        ValueError, match="backward_schedule is 'ring'; give one of auto, ring:direct, tokenring, gather"
+        ValueError, match="backward_schedule is 'ring'; give one of auto, ring:direct, biring, tokenring, gather"
     ):
         tr.plan("ring", world=1, shape=shape, layout="zigzag", direction="backward")
     with pytest.raises(ValueError, match="layout cuts 8 positions over 2 ranks; the shape has 7"):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from tokenring.plan import Builder
+from tokenring.schedules.biring import biring
 from tokenring.schedules.gather import gather
 from tokenring.schedules.ring import ring
 from tokenring.schedules.tokenring import tokenring
 
-FORWARD: dict[str, Builder] = {"ring": ring, "tokenring": tokenring, "gather": gather}
+FORWARD: dict[str, Builder] = {"ring": ring, "biring": biring, "tokenring": tokenring, "gather": gather}
 
-BACKWARD: dict[str, Builder] = {"ring:direct": ring, "tokenring": tokenring, "gather": gather}
+BACKWARD: dict[str, Builder] = {"ring:direct": ring, "biring": biring, "tokenring": tokenring, "gather": gather}
 
 NAMES = ("auto", *FORWARD)
 """What `schedule=` takes."""

@@ -16,8 +16,17 @@ SAMPLED_OWNERS = 16
 
 
 @lru_cache(maxsize=65536)
-def wanted(problem: Problem, what: str, owner: int, rank: int) -> tuple[Range, ...]:
-    """Rows of `owner`'s queries that have a key on `rank` (what="q"), or of its keys that a query of `rank` wants ("kv")."""
+def wanted(problem: Problem, what: str, owner: int, rank: int, half: int | None = None) -> tuple[Range, ...]:
+    """Rows of `owner`'s queries that have a key on `rank` (what="q"), or of its keys that a query of `rank` wants ("kv").
+
+    half: only those among the first (0) or second (1) half of the owner's rows.
+    """
+    if half is not None:
+        middle = problem.own(what, owner).rows // 2
+        first, last = ((0, middle), (middle, problem.own(what, owner).rows))[half]
+        return tuple(
+            (max(a, first), min(b, last)) for a, b in wanted(problem, what, owner, rank) if a < last and b > first
+        )
     if what == "q":
         tiles = problem.tiles(problem.own("q", owner).pieces, problem.own("kv", rank).pieces)
         return union((t.q_start, t.q_stop) for t in tiles)
@@ -26,13 +35,15 @@ def wanted(problem: Problem, what: str, owner: int, rank: int) -> tuple[Range, .
 
 
 @lru_cache(maxsize=8192)
-def carried(problem: Problem, what: str, owner: int, direction: int) -> tuple[tuple[Range, ...], ...]:
+def carried(
+    problem: Problem, what: str, owner: int, direction: int, half: int | None = None
+) -> tuple[tuple[Range, ...], ...]:
     """Entry t: the rows of `owner`'s block that reach the rank t hops away (entry 0: those that leave)."""
     world = problem.world
     still: tuple[Range, ...] = ()
     hops: list[tuple[Range, ...]] = []
     for hop in range(world - 1, 0, -1):
-        still = union((*still, *wanted(problem, what, owner, (owner + direction * hop) % world)))
+        still = union((*still, *wanted(problem, what, owner, (owner + direction * hop) % world, half)))
         hops.append(still)
     return (still, *reversed(hops))
 
@@ -49,7 +60,7 @@ def direction(problem: Problem, what: str) -> int:
     return 1 if volume(1) <= volume(-1) else -1
 
 
-def attend(problem: Problem, q: Slot, kv: Slot, step: int) -> Compute | None:
+def attend(problem: Problem, q: Slot, kv: Slot, step: int | str) -> Compute | None:
     """The compute of one slot against another, its partials named by kind and step; None where the mask leaves no pair."""
     tiles = problem.tiles(q.pieces, kv.pieces)
     if not tiles:

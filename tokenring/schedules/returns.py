@@ -19,13 +19,29 @@ class Returns:
     receives: tuple[Transfer, ...] = ()
     slots: tuple[Slot, ...] = ()
 
+    def __add__(self, other: Returns) -> Returns:
+        return Returns(
+            self.merges + other.merges,
+            self.sends + other.sends,
+            self.receives + other.receives,
+            self.slots + other.slots,
+        )
 
-def key_returns(problem: Problem, rank: int, compute: Compute | None, step: int, helpers: Mapping[int, str]) -> Returns:
+
+def key_returns(
+    problem: Problem,
+    rank: int,
+    compute: Compute | None,
+    step: int | str,
+    helpers: Mapping[int, str],
+    half: int | None = None,
+) -> Returns:
     """Route a compute's partials: queries are this rank's own, keys may be of any rank.
 
     Args:
         compute: of this rank in this step; None where it has none.
         helpers: the ranks that compute on this rank's keys in this step, with the name of the partial they send.
+        half: the half of this rank's rows that they compute on; None for all.
     """
     own = tuple(s for s in compute.results if s.what != "dkv") if compute else ()
     if not problem.backward:
@@ -40,12 +56,12 @@ def key_returns(problem: Problem, rank: int, compute: Compute | None, step: int,
                 sends.append(Transfer(rank, owner, "dkv", rows, partial.name, _landing(step, rank)))
     receives, slots = [], []
     for helper, name in sorted(helpers.items()):
-        slot = block("dkv", _landing(step, helper), rank, wanted(problem, "kv", rank, helper))
+        slot = block("dkv", _landing(step, helper), rank, wanted(problem, "kv", rank, helper, half))
         if helper != rank and slot.rows:
             receives.append(Transfer(helper, rank, "dkv", slot.pieces, name, slot.name))
             slots.append(slot)
     return Returns(tuple(merges), tuple(sends), tuple(receives), tuple(slots))
 
 
-def _landing(step: int, helper: int) -> str:
+def _landing(step: int | str, helper: int) -> str:
     return f"dkv{step}:from{helper}"
