@@ -12,7 +12,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from launch import settings
 from launch.config import RunConfig
 from launch.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, ConfigError, Interrupted, RunFailed, is_victim, one_line
 
+DISTRIBUTION = "tokenring-parallel"
 ENTRY = "launch.pipeline:run"
 TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 
@@ -29,7 +31,10 @@ TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 def main(argv: Sequence[str] | None = None, *, entry: str = ENTRY) -> int:
     """Run a command line and return its exit code. `entry` is what each rank runs (tests give their own)."""
     try:
-        result = application(entry)(args=list(sys.argv[1:] if argv is None else argv), standalone_mode=False)
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        if not arguments:
+            return _help_for_nothing(entry)
+        result = application(entry)(args=arguments, standalone_mode=False)
         return result if isinstance(result, int) else EXIT_OK
     except ConfigError as error:
         return _complain(one_line(error, 1000), EXIT_BAD_INPUT)
@@ -43,10 +48,16 @@ def main(argv: Sequence[str] | None = None, *, entry: str = ENTRY) -> int:
     except Exception as error:
         # Typer carries its own copy of click in some versions; its usage errors are known by what they offer.
         if hasattr(error, "format_message"):
-            return _complain(f"{one_line(error.format_message())}; see --help", EXIT_BAD_INPUT)
+            return _complain(f"{one_line(error.format_message()).rstrip('.')} (see --help)", EXIT_BAD_INPUT)
         if type(error).__name__ == "Abort":
             return _complain("interrupted", Interrupted(signal.SIGINT).exit_code)
         raise
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"tokenring {metadata.version(DISTRIBUTION)}")
+        raise typer.Exit
 
 
 def application(entry: str = ENTRY) -> typer.Typer:
@@ -55,13 +66,27 @@ def application(entry: str = ENTRY) -> typer.Typer:
         name="tokenring",
         help="A video through a language model on several ranks: decode, encode, reduce, prefill, write.",
         add_completion=False,
-        no_args_is_help=True,
         pretty_exceptions_enable=False,
     )
-    app.callback()(lambda: None)
+    app.callback()(_top_level)
     app.command("run", help="Watch a video and write about it.")(_with_options(_run_command(entry)))
     app.command("report")(report_command)
     return app
+
+
+def _help_for_nothing(entry: str) -> int:
+    """No command at all: the help, but as a mistake and so not on standard output."""
+    with redirect_stdout(sys.stderr):
+        application(entry)(args=["--help"], standalone_mode=False)
+    return EXIT_BAD_INPUT
+
+
+def _top_level(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What stands before the command."""
 
 
 def report_command(
@@ -124,7 +149,7 @@ def _parameter(name: str, kind: Any, declared: Any) -> inspect.Parameter:
 
 
 def _default_note(default: Any) -> str:
-    return "" if default is None or isinstance(default, bool) else f" Default: {default}."
+    return "" if default is None or isinstance(default, bool) else f" Default: {str(default).removesuffix('.')}."
 
 
 def _execute(resolved: settings.Resolved, entry: str) -> dict[str, Any] | None:

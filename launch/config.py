@@ -18,7 +18,7 @@ from typing import ClassVar
 from launch.errors import ConfigError
 from launch.section import Section, option
 
-SCHEDULES = ("auto", "ring", "tokenring", "gather")
+SCHEDULES = ("auto", "ring", "biring", "tokenring", "gather")
 LAYOUTS = ("zigzag", "contiguous")
 DTYPES = ("float32", "bfloat16", "float16")
 ENGINES = ("torchrun", "ray", "mpi")
@@ -105,7 +105,7 @@ class AttentionConfig(Section):
     kind: str = option("--attention", "exact")
     """Only `exact` (dense attention) so far."""
     schedule: str = option("--schedule", "auto")
-    """How keys, values and queries travel: auto, ring, tokenring or gather."""
+    """How keys, values and queries travel: auto, ring, biring, tokenring or gather."""
     layout: str = option("--layout", "zigzag")
     """Which rows each rank holds: zigzag (balanced under a causal mask) or contiguous."""
 
@@ -158,7 +158,7 @@ class EngineConfig(Section):
     name: str = option("--engine", "torchrun")
     """torchrun, ray or mpi."""
     nproc: int = option("--nproc", 1)
-    """Number of ranks."""
+    """Number of ranks. Leave it out under torchrun, mpirun or srun: those decide it, and torchrun takes it for its own."""
     device: str = option("--device", "auto")
     """cpu, cuda, or auto: cuda where there is one for every rank."""
     threads: int | None = option("--threads", None)
@@ -202,7 +202,7 @@ class OutputConfig(Section):
     json: bool = option("--json", False)
     """Print one JSON object on standard output and nothing else there."""
     quiet: bool = option("--quiet", False)
-    """No progress on standard error."""
+    """No progress on standard error; with --json no report there either."""
     verify: bool = option("--verify", False)
     """Run the same input on one rank with plain attention and compare; exit code 1 above the tolerance."""
     tolerance: float = option(None, 2e-4)

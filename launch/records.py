@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
+STAGES = ("load", "read", "encode", "reduce", "splice", "prefill", "decode", "verify")
+"""Their order wherever stages are listed; others come after these."""
 SAME_ON_EVERY_RANK = ("world", "frames", "tokens_before", "tokens_after", "generated_ids", "text")
 
 
@@ -59,7 +61,7 @@ class RankRecord:
     text: str = ""
     """Their text; the same on every rank."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Seconds of each stage; besides `first_token` (from the start of prefill) and `decode` (all later tokens)."""
+    """Seconds of each stage; besides `first_token` (from the end of loading) and `decode` (all later tokens)."""
     events: list[dict[str, Any]] = field(default_factory=list)
     """Timeline: {"kind": stage|compute|merge|send|wait, "name", "start", "stop"}, seconds on the log's clock."""
     kept: list[dict[str, Any]] = field(default_factory=list)
@@ -194,12 +196,12 @@ def _check_agreement(ordered: Sequence[RankRecord]) -> None:
 
 
 def _slowest(per_rank: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Per stage the slowest rank's seconds: what the run waited for."""
+    """Per stage the slowest rank's seconds: what the run waited for; in one order, whichever rank came to a stage first."""
     slowest: dict[str, float] = {}
     for seconds in per_rank:
         for stage, value in seconds.items():
             slowest[stage] = max(value, slowest.get(stage, 0.0))
-    return slowest
+    return {stage: slowest[stage] for stage in dict.fromkeys([*STAGES, *slowest]) if stage in slowest}
 
 
 def _rate(generated_ids: Sequence[int], seconds: Mapping[str, float]) -> float | None:

@@ -97,7 +97,7 @@ def _summary(report: Mapping[str, Any]) -> Lines:
         f"{_plural(len(report['generated_ids']), 'token')} written",
     ]
     if "first_token" in seconds:
-        lines.append(f"{seconds['first_token']:.2f} s to the first token")
+        lines.append(f"{seconds['first_token']:.2f} s to the first token, after loading")
     if report["tokens_per_second"] is not None:
         lines.append(f"{report['tokens_per_second']:.2f} tokens per second after it")
     if "total" in seconds:
@@ -132,7 +132,7 @@ def _ranks(report: Mapping[str, Any]) -> Table:
     if len(rows) > 1:
         totals = [sum(column) for column in columns]
         rows.append(("all", f"{totals[0]:,}", *(human_bytes(total) for total in totals[1:])))
-    return Table("Ranks", ("rank", "tokens", "cache", "peak memory", "sent"), tuple(rows))
+    return Table("Ranks", ("rank", "tokens", "cache (allocated)", "peak memory", "sent"), tuple(rows))
 
 
 def _links(report: Mapping[str, Any]) -> Table | Lines | None:
@@ -168,14 +168,55 @@ def _verify(report: Mapping[str, Any]) -> Lines | None:
         return None
     from launch.records import verified
 
-    lines = [
-        f"{'holds' if verified(report) else 'DOES NOT HOLD'}: largest difference of logits {_figure(verify['max_logit_diff'])}, "
-        f"tolerance {_figure(verify['tolerance'])}",
-        "the same tokens" if verify["same_tokens"] else "not the same tokens",
-    ]
-    known = ("max_logit_diff", "tolerance", "same_tokens")
+    known = {
+        *("max_logit_diff", "tolerance", "same_tokens", "first_difference", "written_within_tolerance"),
+        *("max_logit_diff_all", "sdpa_eager_diff_all", "tolerance_all", "all_within_tolerance"),
+    }
+    lines = [_written_logits(verify), _same_tokens(verify), _all_logits(verify)]
     lines += [f"{name.replace('_', ' ')}: {_figure(value)}" for name, value in verify.items() if name not in known]
-    return Lines("Compared with one rank and plain attention", tuple(lines), urgent=not verified(report))
+    shown = tuple(line for line in lines if line is not None)
+    return Lines("Compared with one rank and plain attention", shown, urgent=not verified(report))
+
+
+def _written_logits(verify: Mapping[str, Any]) -> str:
+    apart, allowed = verify["max_logit_diff"], verify["tolerance"]
+    verdict = _verdict(float(apart) <= float(allowed))
+    return f"written tokens: logits differ by at most {_small(apart)} (tolerance {_small(allowed)}): {verdict}"
+
+
+def _same_tokens(verify: Mapping[str, Any]) -> str:
+    if verify["same_tokens"]:
+        return "the same tokens as one rank"
+    first = verify.get("first_difference")
+    if first is None:
+        return "not the same tokens as one rank"
+    text = f"first difference at written token {first['position'] + 1}: {first['token']} here, {first['alone']} on one rank"
+    text += f"; gap of its best two logits there {_small(first['gap'])}"
+    if "written_within_tolerance" not in verify:
+        return text
+    excused = float(first["gap"]) < float(verify["tolerance"])
+    return f"{text}, {'below' if excused else 'not below'} the tolerance: {_verdict(excused)}"
+
+
+def _all_logits(verify: Mapping[str, Any]) -> str | None:
+    if "max_logit_diff_all" not in verify:
+        return None
+    text = f"all positions of the prompt: at most {_small(verify['max_logit_diff_all'])} apart"
+    if "sdpa_eager_diff_all" in verify:
+        text += f"; sdpa and eager alone differ by {_small(verify['sdpa_eager_diff_all'])}"
+    if "tolerance_all" in verify:
+        text += f", allowed is {_small(verify['tolerance_all'])}"
+    if "all_within_tolerance" in verify:
+        text += f": {_verdict(verify['all_within_tolerance'])}"
+    return text
+
+
+def _small(value: Any) -> str:
+    return f"{float(value):.2e}"
+
+
+def _verdict(holds: bool) -> str:
+    return "holds" if holds else "DOES NOT HOLD"
 
 
 def _figure(value: Any) -> str:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 REPORT_JSON = "report.json"
 REPORT_TEXT = "report.txt"
+RANKS_PER_CORE = 4
+"""More of them on one machine and a run is slower than it need be."""
 
 
 def run(
@@ -55,9 +57,12 @@ def run(
     """
     started = time.monotonic()
     before_start(config, entry)
+    warnings = _check_machine(config)
+    for warning in warnings if sink is not None else ():
+        sink({"line": f"warning: {warning}"})
     name, nproc = config.engine.name, config.engine.nproc
     with RunFolder(config.output.out, config.output.overwrite) as folder:
-        _mark(folder.path, config, origin or {}, name)
+        _mark(folder.path, config, origin or {}, name, warnings)
         outcome = engines.build(name).start(config, nproc, folder.path, entry, sink=sink, started=started)
         if outcome.failure is not None:
             _write_failure(folder.path, outcome.failure)
@@ -107,6 +112,21 @@ def before_start(config: RunConfig, entry: str) -> None:
         raise ConfigError(one_line(error)) from error
     except ImportError as error:
         raise ConfigError(f"{one_line(error)}; install the extras of this project that bring it") from error
+
+
+def _check_machine(config: RunConfig) -> list[str]:
+    """Whether this machine is enough, where the ranks will be on it; gives what to warn of.
+
+    Raises ConfigError for GPUs that are not there.
+    """
+    if config.engine.ray_address is not None:
+        return []
+    nproc = config.engine.nproc
+    if config.engine.device == "cuda":
+        worker.settle_device("cuda", Place(0, nproc, 0, nproc, "torchrun"))
+    if nproc <= RANKS_PER_CORE * worker.cores():
+        return []
+    return [f"{nproc} ranks on {worker.cores()} cores: they wait for each other most of the time; lower --nproc"]
 
 
 def rerender(folder: Path) -> dict[str, Any]:
@@ -163,16 +183,21 @@ def _agree_to_start(config: RunConfig, entry: str, place: Place, group: dist.Pro
         raise StoppedByRankZero("rank 0 refused the configuration")
 
 
-def _mark(folder: Path, config: RunConfig, origin: Mapping[str, str], engine: str) -> None:
-    described = settings.described(config, origin)
-    write_atomic(folder / MARK, json.dumps({"made_by": MADE_BY, "engine": engine, "config": described, "seconds": {}}))
+def _mark(
+    folder: Path, config: RunConfig, origin: Mapping[str, str], engine: str, warnings: Sequence[str] = ()
+) -> None:
+    """What a report needs besides the records."""
+    known = {"engine": engine, "config": settings.described(config, origin), "seconds": {}, "warnings": list(warnings)}
+    write_atomic(folder / MARK, json.dumps({"made_by": MADE_BY, **known}))
 
 
 def _report(folder: Path, records: Sequence[RankRecord], seconds: Mapping[str, float]) -> dict[str, Any]:
     mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
     if mark["seconds"] != seconds:
         write_atomic(folder / MARK, json.dumps({**mark, "seconds": dict(seconds)}))
-    return merge(records, engine=mark["engine"], config=mark["config"], seconds=seconds)
+    report = merge(records, engine=mark["engine"], config=mark["config"], seconds=seconds)
+    report["warnings"] = [*mark["warnings"], *report["warnings"]]
+    return report
 
 
 def _finish(folder: RunFolder, report: dict[str, Any], records: Sequence[RankRecord]) -> None:

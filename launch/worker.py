@@ -130,13 +130,14 @@ def settle_device(requested: str, place: Place) -> str:
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     # Ray shows each actor its own device only, which is then device 0 of one.
-    enough = count >= (1 if place.source == "ray" else place.local_world)
-    if requested == "cuda" and not enough:
+    needed = 1 if place.source == "ray" else place.local_world
+    if requested == "cuda" and count < needed:
+        mend = "lower --nproc or give --device cpu" if count else "give --device cpu"
         raise ConfigError(
-            f"engine.device is 'cuda' but {socket.gethostname()} has {count} CUDA devices for {place.local_world} ranks: "
-            f"lower --nproc or give --device cpu"
+            f"engine.device is 'cuda' but {socket.gethostname()} has {count} CUDA devices that torch can use, for {needed} "
+            f"ranks: {mend}"
         )
-    return "cuda" if enough else "cpu"
+    return "cuda" if count >= needed else "cpu"
 
 
 def threads(config: RunConfig, place: Place) -> int:

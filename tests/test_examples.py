@@ -15,8 +15,17 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
     ("name", "ranks", "said"),
     [("attention_over_ranks", 3, "as planned"), ("huggingface_over_ranks", 2, "as one rank does")],
 )
-def test_example(name: str, ranks: int, said: str) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+def test_example(name: str, ranks: int, said: str, tmp_path: Path) -> None:
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        "--log-dir",
+        str(tmp_path),
+    ]
     done = subprocess.run([*torchrun, str(EXAMPLES / f"{name}.py")], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert said in done.stdout

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 import uuid
@@ -26,6 +27,8 @@ from launch.output import write_atomic
 from launch.progress import Sink
 
 START_SECONDS = 300.0
+AGENT = "agent"
+"""Folder inside the run's, for what the agent itself writes; it would make one among the temporary files and leave it."""
 
 
 class Torchrun:
@@ -48,7 +51,10 @@ class Torchrun:
         prepare(config, run_dir)
         command = [sys.executable, "-m", "launch.engines.torchrun", str(run_dir), entry, str(nproc)]
         environ = child_environment(worker.threads(config, Place(0, nproc, 0, nproc, self.name)))
-        timed_out = supervise(command, environ, run_dir, nproc, watch)
+        try:
+            timed_out = supervise(command, environ, run_dir, nproc, watch)
+        finally:
+            shutil.rmtree(run_dir / AGENT, ignore_errors=True)
         if timed_out is not None:
             return Outcome((), timed_out)
         return collect(run_dir, nproc, lambda silent: _said_by_agent(run_dir, nproc, silent))
@@ -70,6 +76,7 @@ def _said_by_agent(run_dir: Path, nproc: int, silent: list[int]) -> list[Failure
 
 def main(argv: list[str] | None = None) -> int:
     """The agent process: start `nproc` workers, wait, leave `agent.json` when any failed."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -91,6 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         local_addr="127.0.0.1",
         max_restarts=0,
         start_method="spawn",
+        logs_specs=DefaultLogsSpecs(log_dir=str(options.run_dir / AGENT)),
     )
     address = f"127.0.0.1:{store.port}"
     arguments = ["-u", "-m", "launch.worker", str(options.run_dir), options.entry, "--store", address]

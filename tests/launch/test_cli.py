@@ -1,10 +1,14 @@
 """The command: exit codes, one line on standard error, nothing but the result on standard output, folders whole or absent."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -53,7 +57,7 @@ def complaint(capfd):
         (["a.mp4", "--nprocs", "2"], ["--nprocs"]),
         (["a.mp4", "--prompt"], ["--prompt"]),
         (["a.mp4", "--attention", "anchor"], ["anchor", "exact"]),
-        (["a.mp4", "--schedule", "rings"], ["rings", "auto, ring, tokenring, gather"]),
+        (["a.mp4", "--schedule", "rings"], ["rings", "auto, ring, biring, tokenring, gather"]),
         (["a.mp4", "--engine", "slurm"], ["slurm", "torchrun, ray, mpi"]),
         (["a.mp4", "--top-k", "4"], ["top_k", "temperature"]),
         (["a.mp4", "--fps", "2", "--frames", "4"], ["choose one"]),
@@ -92,6 +96,27 @@ def test_bad_input_is_found_before_any_rank_starts(make, arguments, words, tmp_p
         assert word in line
 
 
+def test_gpus_that_are_not_there_are_missed_before_any_folder_is_made(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("torchrun", "ray", "mpi"):
+        assert run("a.mp4", "--device", "cuda", "--nproc", "2", "--engine", name) == 2
+        assert "0 CUDA devices" in complaint(capfd)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_command_is_the_help_and_nothing_else_and_the_version_is_told(capfd):
+    assert main([]) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "Usage" in err
+    assert "see --help" not in err
+    assert main(["--version"]) == 0
+    assert capfd.readouterr() == (f"tokenring {metadata.version('tokenring-parallel')}\n", "")
+    assert main(["report"]) == 2
+    assert complaint(capfd) == "tokenring: Missing argument 'DIR' (see --help)\n"
+
+
 def test_an_unknown_command_and_no_saved_run_are_exit_code_2(tmp_path, capfd):
     assert main(["rnu"]) == 2
     complaint(capfd)
@@ -111,14 +136,16 @@ def test_json_is_one_object_and_alone_on_standard_output(engine, capfd):
         assert part in err
 
 
-def test_a_real_run_prints_json_alone_even_when_ranks_print():
-    done = subprocess.run(
-        command("adds", "run", "a.mp4", "--json", "--quiet"), cwd=ROOT, capture_output=True, text=True
-    )
+@pytest.mark.parametrize("name", ["torchrun", "ray", "mpi"])
+def test_a_real_run_prints_json_alone_even_when_ranks_print_and_leaves_no_temporary_files(name, tmp_path):
+    environ = temporary_files_in(tmp_path / "tmp")
+    arguments = command("adds", "run", "a.mp4", "--json", "--quiet", "--engine", name)
+    done = subprocess.run(arguments, cwd=ROOT, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert (report["ranks"], report["generated_ids"], report["text"]) == (1, [1, 0], "sum 1")
     assert done.stderr == ""
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_without_json_the_page_is_on_standard_output_and_progress_is_not(engine, capfd):
@@ -161,10 +188,17 @@ def test_the_exit_code_says_how_it_ended(engine, failure, code, capfd):
     assert failure["name"] in complaint(capfd)
 
 
+def temporary_files_in(folder):
+    """An environment whose temporary files go to a new folder of that name."""
+    folder.mkdir()
+    return {**os.environ, "TMPDIR": str(folder)}
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_every_rank_and_leaves_no_folder(number, code, tmp_path):
+def test_a_signal_ends_every_rank_and_leaves_no_folder(number, code, tmp_path, tmp_path_factory):
+    environ = temporary_files_in(tmp_path_factory.mktemp("t") / "tmp")
     arguments = command("hangs", "run", "a.mp4", "--nproc", "2", "--out", str(tmp_path / "o"))
-    process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(arguments, cwd=ROOT, env=environ, stderr=subprocess.PIPE, text=True)
     assert process.stderr.readline() == "forever\n"
     ranks = [int(path.read_text()) for path in tmp_path.glob(".o.partial-*/pids/*")]
     assert len(ranks) == 2
@@ -175,6 +209,35 @@ def test_a_signal_ends_every_rank_and_leaves_no_folder(number, code, tmp_path):
     assert process.stderr.read() == f"tokenring: stopped by {number.name}\n"
     assert list(tmp_path.iterdir()) == []
     assert [rank for rank in ranks if Path(f"/proc/{rank}").exists()] == []
+    assert list(Path(environ["TMPDIR"]).iterdir()) == []
+
+
+def test_a_signal_ends_a_ray_run_in_one_line_with_its_cluster(tmp_path):
+    environ = temporary_files_in(tmp_path / "tmp")
+    arguments = command("hangs", "run", "a.mp4", "--engine", "ray", "--nproc", "2", "--out", str(tmp_path / "o"))
+    process = subprocess.Popen(arguments, cwd=ROOT, env=environ, stderr=subprocess.PIPE, text=True)
+    assert process.stderr.readline() == "forever\n"
+    (driver,) = [
+        words for words in command_lines() if "launch.engines.ray_driver" in words and str(process.pid) in words
+    ]
+    cluster = driver[driver.index("--cluster") + 1]
+    assert any("raylet" in words[0] and cluster in " ".join(words) for words in command_lines())
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    assert process.stderr.read() == "tokenring: stopped by SIGINT\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["tmp"]
+    assert list((tmp_path / "tmp").iterdir()) == []
+    assert not Path(cluster).exists()
+    assert [words for words in command_lines() if cluster in " ".join(words)] == []
+
+
+def command_lines():
+    """Of every living process."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            found.append(path.read_bytes().decode(errors="replace").split("\0"))
+    return found
 
 
 def test_an_outside_torchrun_of_two_nodes_makes_the_command_a_rank(tmp_path):
@@ -187,6 +250,7 @@ def test_an_outside_torchrun_of_two_nodes_makes_the_command_a_rank(tmp_path):
         subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node)]
             + ["--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port)]
+            + ["--log-dir", str(tmp_path / f"agent-{node}")]
             + ["-m", ENTRIES, "adds", "run", "a.mp4", "--json", "--out", str(tmp_path / "o")],
             cwd=ROOT,
             stdout=subprocess.PIPE,
@@ -239,4 +303,6 @@ def test_help_is_there_in_a_second_and_loads_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.rstrip().endswith("False")
     assert "--max-new-tokens" in done.stdout
+    assert "video." in done.stdout
+    assert "video.." not in done.stdout
     assert time.monotonic() - started[1] < 5, "a bound for a loaded machine; idle it takes a quarter of a second"

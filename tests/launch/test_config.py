@@ -114,7 +114,7 @@ def test_set_reads_a_value_in_the_type_of_its_field(text, expected):
         ("reduce.window=0", ["reduce.window"]),
         ("attention.kind=anchor", ["anchor", "exact"]),
         ("attention.kind=flash", ["exact"]),
-        ("attention.schedule=rings", ["auto, ring, tokenring, gather"]),
+        ("attention.schedule=rings", ["auto, ring, biring, tokenring, gather"]),
         ("attention.layout=striped", ["zigzag, contiguous"]),
         ("generate.max_new_tokens=0", ["generate.max_new_tokens"]),
         ("generate.temperature=-1", ["generate.temperature"]),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -66,13 +67,15 @@ def expected(rank, world):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A Ray cluster with three CPUs that the engine does not own."""
+    """A Ray cluster with three CPUs that the engine does not own; its address and where its temporary files go."""
     from ray.cluster_utils import Cluster
 
-    os.environ["PYTHONPATH"] = str(ROOT)
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False})
-    yield made.address
-    made.shutdown()
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir="/tmp", prefix="ray-") as folder:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("TMPDIR", folder)
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False})
+        yield made.address, Path(folder)
+        made.shutdown()
 
 
 def check_records(outcome, world, said):
@@ -98,15 +101,21 @@ def test_every_engine_gives_the_same_records(name, world, tmp_path):
 
 def test_ray_runs_on_a_given_cluster_and_leaves_it_usable(cluster, tmp_path):
     said = []
-    check_records(start("ray", "adds", 3, tmp_path / "a", sink=said.append, ray_address=cluster), 3, said)
+    address, temporary = cluster
+    check_records(start("ray", "adds", 3, tmp_path / "a", sink=said.append, ray_address=address), 3, said)
 
-    failed = start("ray", "raises_on_1_while_others_are_busy", 3, tmp_path / "b", ray_address=cluster)
+    failed = start("ray", "raises_on_1_while_others_are_busy", 3, tmp_path / "b", ray_address=address)
     assert failed.failure.line == "rank 1 of 3: RuntimeError: lost"
     assert time.time() - failed.failure.time < 10
 
-    full = start("ray", "adds", 4, tmp_path / "c", ray_address=cluster, ray_wait_seconds=1.0)
+    full = start("ray", "adds", 4, tmp_path / "c", ray_address=address, ray_wait_seconds=1.0)
     assert "no room for bundle 3 (1 CPU) of 4" in full.failure.line
     assert "3 CPU free" in full.failure.line
+
+    late = start("ray", "hangs", 2, tmp_path / "d", ray_address=address, timeout_seconds=12.0)
+    assert "stopped in stage 'forever'" in late.failure.line
+    assert (tmp_path / "d" / "logs" / "rank-1.log").exists()
+    assert list(temporary.glob("tokenring-rank-*")) == []
 
 
 def test_a_ray_address_where_nobody_listens_is_refused_at_once(tmp_path):

@@ -3,7 +3,10 @@
 import io
 import json
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +17,7 @@ from launch.errors import ConfigError, Failure, Interrupted, RunFailed
 from launch.output import RunFolder, check_target
 from launch.progress import FileSink, Log, Relay, Screen
 
+ROOT = Path(__file__).parents[2]
 ENTRY = "tests.launch.fake_entries:adds"
 
 
@@ -84,6 +88,47 @@ def test_an_interrupted_run_leaves_nothing(error, tmp_path):
         (folder.path / "half").write_text("x")
         raise error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_cleared_by_the_next_run_and_a_busy_one_is_let_be(tmp_path):
+    code = "import os, sys; from launch.output import RunFolder; RunFolder(sys.argv[1]).__enter__(); os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "o")], cwd=ROOT).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".o.partial-")
+    with RunFolder(str(tmp_path / "other")):
+        assert left.exists(), "it is not a left-over of this name"
+    with RunFolder(str(tmp_path / "o")) as busy:
+        assert not left.exists()
+        with RunFolder(str(tmp_path / "o")) as second:
+            assert busy.path.exists()
+            assert busy.path != second.path
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_kept_after_a_failure_is_not_swept(engine):
+    engine(Failure(rank=0, world=1, kind="exit", name="ended"))
+    kept = []
+    for _ in range(2):
+        with pytest.raises(RunFailed) as caught:
+            runner.run(RunConfig(video=VideoConfig(paths=("a",))), entry=ENTRY)
+        kept.append(caught.value.logs)
+    assert kept[0] != kept[1]
+    assert all(path.exists() for path in kept)
+
+
+def test_more_ranks_than_the_cores_can_carry_is_a_warning(engine, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("launch.worker.cores", lambda: 1)
+    assert run("a.mp4", "--nproc", "4", "--json") == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out)["warnings"] == []
+    assert "warning" not in err
+    assert run("a.mp4", "--nproc", "5", "--json", "--out", str(tmp_path / "o")) == 0
+    out, err = capfd.readouterr()
+    (warning,) = json.loads(out)["warnings"]
+    assert "5 ranks on 1 cores" in warning
+    assert f"warning: {warning}\n" in err
+    assert main(["report", str(tmp_path / "o"), "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["warnings"] == [warning]
 
 
 def test_a_failed_run_without_out_names_a_folder_that_exists(engine):

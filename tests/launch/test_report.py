@@ -124,7 +124,8 @@ def test_the_page_shows_the_numbers_and_has_no_control_characters():
         "2,048",
         "205",
         "10.0% kept",
-        "4.00 s to the first token",
+        "4.00 s to the first token, after loading",
+        "cache (allocated)",
         "4.00 tokens per second",
         "3.25e-05",
         "a hare",
@@ -136,6 +137,63 @@ def test_the_page_shows_the_numbers_and_has_no_control_characters():
     report.show(result, out)
     assert out.getvalue() == text
     assert "\x1b" not in text
+
+
+VERIFY = {
+    "max_logit_diff": 5.65e-5,
+    "tolerance": 2e-4,
+    "same_tokens": True,
+    "first_difference": None,
+    "written_within_tolerance": True,
+    "max_logit_diff_all": 3.1e-4,
+    "sdpa_eager_diff_all": 3.6e-4,
+    "tolerance_all": 7.2e-4,
+    "all_within_tolerance": True,
+}
+
+
+def verify_lines(**changes):
+    values = {name: value for name, value in {**VERIFY, **changes}.items() if value != "missing"}
+    text = report.as_text(merged([record(0, 1, verify=values)]))
+    block = text.partition("Compared with one rank and plain attention\n")[2].partition("\n\n")[0]
+    return [line.strip() for line in block.splitlines()]
+
+
+def test_a_comparison_is_told_in_sentences_with_what_was_allowed():
+    everywhere = (
+        "all positions of the prompt: at most 3.10e-04 apart; sdpa and eager alone differ by 3.60e-04, "
+        "allowed is 7.20e-04: holds"
+    )
+    written = "written tokens: logits differ by at most 5.65e-05 (tolerance 2.00e-04): holds"
+    assert verify_lines() == [written, "the same tokens as one rank", everywhere]
+    first = {"position": 2, "token": 7, "alone": 9, "gap": 1e-4}
+    excused = verify_lines(same_tokens=False, first_difference=first)
+    assert excused[1].startswith("first difference at written token 3: 7 here, 9 on one rank; gap")
+    assert excused[1].endswith("1.00e-04, below the tolerance: holds")
+    far = {**first, "gap": 0.5}
+    refused = verify_lines(same_tokens=False, first_difference=far, written_within_tolerance=False)
+    assert refused[1].endswith("5.00e-01, not below the tolerance: DOES NOT HOLD")
+    assert verify_lines(max_logit_diff="nan")[0].endswith("nan (tolerance 2.00e-04): DOES NOT HOLD")
+    assert verify_lines(all_within_tolerance=False)[2].endswith("7.20e-04: DOES NOT HOLD")
+
+
+def test_a_comparison_of_another_entry_is_told_as_far_as_it_goes():
+    few = dict.fromkeys(
+        [name for name in VERIFY if name not in ("max_logit_diff", "tolerance", "same_tokens")], "missing"
+    )
+    assert len(verify_lines(**few)) == 2
+    assert verify_lines(**few, same_tokens=False)[1] == "not the same tokens as one rank"
+    assert verify_lines(**few, rows_compared=5)[2] == "rows compared: 5"
+
+
+def test_stages_have_one_order_whichever_rank_came_to_them_first():
+    idle = {"load": 1.0, "prefill": 1.0, "decode": 1.0, "own": 1.0}
+    busy = {"load": 1.0, "encode": 2.0, "read": 2.0, "reduce": 2.0, "prefill": 1.0, "decode": 1.0, "first_token": 1.0}
+    result = merged([record(0, 2, seconds=idle), record(1, 2, seconds=busy)])
+    names = ["load", "read", "encode", "reduce", "prefill", "decode"]
+    assert list(result["seconds"]) == [*names, "own", "first_token", "total"]
+    shown = [row[0] for block in report.blocks(result) if block.title == "Stages" for row in block.rows]
+    assert shown == [*names, "own"]
 
 
 def test_a_terminal_gets_tables():
