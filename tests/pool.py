@@ -8,6 +8,7 @@ away, because a broken group must not leak into the next test.
 from __future__ import annotations
 
 import multiprocessing as mp
+import shutil
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -56,14 +57,16 @@ class Pool:
         for worker in self._workers:
             worker.kill()
             worker.join()
+        if self._workers:
+            shutil.rmtree(self._store.parent, ignore_errors=True)
         self._pipes, self._workers = [], []
 
     def _start(self) -> None:
         context = mp.get_context("spawn")
-        store = Path(tempfile.mkdtemp(prefix="pool-")) / "store"
+        self._store = Path(tempfile.mkdtemp(prefix="pool-")) / "store"
         for rank in range(MAX_WORLD):
             mine, theirs = context.Pipe()
-            worker = context.Process(target=_work, args=(rank, store, theirs), daemon=True)
+            worker = context.Process(target=_work, args=(rank, self._store, theirs), daemon=True)
             worker.start()
             theirs.close()
             self._pipes.append(mine)
