@@ -49,7 +49,7 @@ class Slot:
     """Rows that a rank holds under one name.
 
     what: "q", "kv" (k and v), "out" (a partial out and lse); backward "qd" (q, do, lse, delta), "dq" and "dkv" (partial
-    gradients), "dkv_sum" (gradients of keys and values that gather partials on their way home).
+    gradients).
     """
 
     name: str

@@ -37,7 +37,7 @@ class AttentionShape:
     def row_bytes(self, what: str, partial: torch.dtype | None = None) -> int:
         """Bytes of one row of all batch entries on the wire, for each `what` of a Slot.
 
-        q, k, v, out and do go in the input's dtype, lse, delta and travelling sums in float32 (float64 for float64), partial
+        q, k, v, out and do go in the input's dtype, lse and delta in float32 (float64 for float64), partial
         gradients in `partial` (the input's dtype where not given).
         """
         size, wide = self.dtype.itemsize, 8 if self.dtype == torch.float64 else 4
@@ -51,6 +51,5 @@ class AttentionShape:
             "qd": self.q_heads * ((self.head_dim + v_dim) * size + 2 * wide),
             "dq": self.q_heads * self.head_dim * part,
             "dkv": both * part,
-            "dkv_sum": both * wide,
         }
         return self.batch * one_entry[what]
