@@ -4,7 +4,7 @@
 
 A rank whose own arguments are wrong sends a header that says so, and every rank raises; ranks that disagree on shape, mask,
 layout, schedule or an option raise too, naming the part. Nothing else has been sent by then, so the group stays usable.
-A plan that `prepare` agreed on once skips the header.
+A call with a plan that `prepare` agreed on once skips the header.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class AgreementError(ValueError):
 
 def agree(runtime: Transport, plan: Plan, options: Sequence[Any]) -> None:
     """Raise AgreementError on every rank unless all ranks make this call. Collective."""
-    if runtime.world == 1 or plan in runtime.prepared:
+    if runtime.world == 1:
         return
     runtime.calls += 1
     layouts = (plan.problem.q_layout, plan.problem.kv_layout)
@@ -62,6 +62,9 @@ def refuse(runtime: Transport, error: ValueError) -> None:
 
 def prepare(group: Any, plan: Plan) -> None:
     """Agree on a plan once; later calls with `plan=` on this group skip the per-call header. Collective.
+
+    Such calls send payload at once: every rank must pass the plan, and a rank that refuses its own arguments then leaves the
+    others to their time-out.
 
     Example: `prepare(group, plan)`, then `attention(q, k, v, group=group, plan=plan)` in every layer.
     """

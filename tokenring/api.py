@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from tokenring import executor, kernels
 from tokenring.agreement import agree, refuse
 from tokenring.arguments import check_given, check_options, check_tensors
-from tokenring.choose import choose_plan
+from tokenring.choose import check_name, choose_plan
 from tokenring.layout import Layout
 from tokenring.mask import Mask
 from tokenring.merge import accumulator_dtype, merge_sinks_
@@ -122,6 +122,7 @@ def attention(
     torch.Size([1, 6, 4, 8])
     """
     runtime = connect(group)
+    prepared = isinstance(plan, Plan) and plan in runtime.prepared
     try:
         check_tensors(q, k, v)
         check_options(q, sinks, scale, softcap)
@@ -132,15 +133,16 @@ def attention(
         _check_plan(plan, q, k, v, runtime)
         if plan.problem.backward:
             raise ValueError('plan is a backward plan; give one made with direction="forward"')
-        back = replace(plan.problem, direction="backward")
-        backward = choose_plan(backward_schedule, back, plan.shape, partial_dtype)
+        check_name(backward_schedule, backward=True)
         chosen = kernels.choose(kernel, q, v, softcap)
     except ValueError as error:
-        refuse(runtime, error)
+        if not prepared:
+            refuse(runtime, error)
         raise
-    agree(runtime, plan, (scale, softcap, sinks is None, backward.schedule, partial_dtype))
+    if not prepared:
+        agree(runtime, plan, (scale, softcap, sinks is None, backward_schedule, partial_dtype))
     options = Options(chosen, 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale), softcap)
-    out, lse = _Attention.apply(q, k, v, sinks, (plan, backward), runtime, options)
+    out, lse = _Attention.apply(q, k, v, sinks, plan, (backward_schedule, partial_dtype), runtime, options)
     return (out, lse) if return_lse else out
 
 
@@ -152,18 +154,19 @@ class _Attention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         sinks: Tensor | None,
-        plans: tuple[Plan, Plan],
+        plan: Plan,
+        backward: tuple[str, torch.dtype | None],
         runtime: Transport,
         options: Options,
     ) -> tuple[Tensor, Tensor]:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        out, lse = executor.run(plans[0], runtime, ForwardWork(q, k, v, options))
+        out, lse = executor.run(plan, runtime, ForwardWork(q, k, v, options))
         if sinks is not None:
             out = out.to(accumulator_dtype(q.dtype))
             merge_sinks_(out, lse, sinks)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse, sinks)
-        ctx.plan, ctx.runtime, ctx.options = plans[1], runtime, options
+        ctx.forward_plan, ctx.chosen, ctx.runtime, ctx.options = plan, backward, runtime, options
         ctx.mark_non_differentiable(lse)
         return out, lse
 
@@ -171,15 +174,18 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, sinks = ctx.saved_tensors
+        schedule, partial_dtype = ctx.chosen
+        problem = replace(ctx.forward_plan.problem, direction="backward")
+        plan = choose_plan(schedule, problem, ctx.forward_plan.shape, partial_dtype)
         wide = accumulator_dtype(q.dtype)
         delta = (do.to(wide) * out.to(wide)).sum(-1).transpose(1, 2).contiguous()
-        work = BackwardWork((q, do.contiguous(), lse.contiguous(), delta), k, v, ctx.options, ctx.plan.partial_dtype)
-        dq, dk, dv = executor.run(ctx.plan, ctx.runtime, work)
+        work = BackwardWork((q, do.contiguous(), lse.contiguous(), delta), k, v, ctx.options, partial_dtype)
+        dq, dk, dv = executor.run(plan, ctx.runtime, work)
         d_sinks = None
         if sinks is not None:
             share = torch.exp(sinks.to(wide)[None, :, None] - lse).masked_fill(torch.isneginf(lse), 0.0)
             d_sinks = -(share * delta).sum(dim=(0, 2)).to(sinks.dtype)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_sinks, None, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_sinks, None, None, None, None
 
 
 def _named(layout: Layout | str, length: int, world: int) -> Layout:

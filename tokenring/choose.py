@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 
 from tokenring.plan import Plan, Problem, Step, Transfer
-from tokenring.schedules import BACKWARD, FORWARD
+from tokenring.schedules import BACKWARD, BACKWARD_NAMES, FORWARD, NAMES
 from tokenring.shape import AttentionShape
 
 PREFERENCE = ("ring", "biring", "tokenring", "gather")
@@ -25,17 +25,22 @@ def choose_plan(
     schedule: str, problem: Problem, shape: AttentionShape, partial_dtype: torch.dtype | None = None
 ) -> Plan:
     """The plan of a schedule by name, or of the one that "auto" picks, in the problem's direction."""
+    check_name(schedule, problem.backward)
     builders, preference = (BACKWARD, BACKWARD_PREFERENCE) if problem.backward else (FORWARD, PREFERENCE)
     if schedule != "auto":
-        if schedule not in builders:
-            what = "backward_schedule" if problem.backward else "schedule"
-            raise ValueError(f"{what} is {schedule!r}; give one of auto, {', '.join(builders)}")
         return Plan(schedule, problem, shape, builders[schedule], partial_dtype=partial_dtype)
     plans = {name: Plan(name, problem, shape, builders[name], partial_dtype=partial_dtype) for name in preference}
     busiest = {name: _busiest(plan) for name, plan in plans.items()}
     best = min(preference, key=lambda name: busiest[name])
     why = "auto: the busiest rank sends and receives " + ", ".join(f"{busiest[n]} bytes with {n}" for n in preference)
     return replace(plans[best], why=why)
+
+
+def check_name(schedule: str, backward: bool) -> None:
+    """Refuse a schedule that does not exist in this direction."""
+    what, names = ("backward_schedule", BACKWARD_NAMES) if backward else ("schedule", NAMES)
+    if schedule not in names:
+        raise ValueError(f"{what} is {schedule!r}; give one of {', '.join(names)}")
 
 
 def _busiest(plan: Plan) -> int:

@@ -98,3 +98,23 @@ def test_headers_are_counted_apart_and_a_prepared_plan_sends_none() -> None:
     for rank, (plain, prepared) in enumerate(tr.run_local(WORLD, work)):
         assert plain[0] == prepared[0] == plan.bytes_sent(rank)
         assert plain[1] == (WORLD - 1) * 512 and prepared[1] == 0
+
+
+def test_a_refusal_of_a_prepared_call_sends_nothing_into_the_others_payload() -> None:
+    layout = tr.Layout.zigzag(12, WORLD)
+    plan = tr.plan("ring", world=WORLD, shape=tr.AttentionShape(1, 12, 12, 2, 1, 8, dtype=torch.float32), layout=layout)
+
+    def work(group: Any) -> tuple:
+        local = [layout.shard(x, group.rank()) for x in random_qkv(1, 12, 2, 1, 8, torch.float32)]
+        tr.prepare(group, plan)
+        with tr.count_traffic(group) as traffic:
+            if group.rank() == 1:
+                with pytest.raises(ValueError, match="scale is nan"):
+                    tr.attention(*local, group=group, plan=plan, scale=float("nan"))
+            out = tr.attention(*local, group=group, plan=plan)
+        return out, traffic.control
+
+    alone = tr.attention(*random_qkv(1, 12, 2, 1, 8, torch.float32))
+    for rank, (out, control) in enumerate(tr.run_local(WORLD, work)):
+        assert control == {}
+        torch.testing.assert_close(out, layout.shard(alone, rank), rtol=0, atol=1e-5)
