@@ -12,12 +12,13 @@ from torch.autograd.function import once_differentiable
 
 from tokenring import executor, kernels
 from tokenring.agreement import agree, refuse
-from tokenring.arguments import check_given, check_options, check_tensors
+from tokenring.arguments import check_given, check_mask, check_options, check_tensors
 from tokenring.choose import check_name, choose_plan
 from tokenring.layout import Layout
 from tokenring.mask import Mask
 from tokenring.merge import accumulator_dtype, merge_sinks_
-from tokenring.plan import Plan, Problem
+from tokenring.plan import Plan
+from tokenring.problem import Problem
 from tokenring.shape import AttentionShape
 from tokenring.transport import Transport, connect
 from tokenring.work import BackwardWork, ForwardWork, Options
@@ -60,8 +61,7 @@ def plan(
             raise ValueError(
                 f"{what} cuts {cut.total} positions over {cut.world} ranks; the shape has {length} over {world} ranks"
             )
-    allowed = Mask.of(mask)
-    problem = Problem(world, _aligned(q_layout, k_layout, kv_layout, allowed), k_layout, allowed, direction)
+    problem = _problem(q_layout, k_layout, kv_layout is not None, Mask.of(mask), shape, direction)
     return choose_plan(schedule, problem, shape, partial_dtype)
 
 
@@ -133,7 +133,7 @@ def attention(
         _check_plan(plan, q, k, v, runtime)
         if plan.problem.backward:
             raise ValueError('plan is a backward plan; give one made with direction="forward"')
-        check_name(backward_schedule, backward=True)
+        check_name(backward_schedule, runtime.world, backward=True)
         chosen = kernels.choose(kernel, q, v, softcap)
     except ValueError as error:
         if not prepared:
@@ -179,7 +179,7 @@ class _Attention(torch.autograd.Function):
         plan = choose_plan(schedule, problem, ctx.forward_plan.shape, partial_dtype)
         wide = accumulator_dtype(q.dtype)
         delta = (do.to(wide) * out.to(wide)).sum(-1).transpose(1, 2).contiguous()
-        work = BackwardWork((q, do.contiguous(), lse.contiguous(), delta), k, v, ctx.options, partial_dtype)
+        work = BackwardWork((q, do.contiguous(), lse.contiguous(), delta), k, v, ctx.options, plan.partial_dtype)
         dq, dk, dv = executor.run(plan, ctx.runtime, work)
         d_sinks = None
         if sinks is not None:
@@ -200,15 +200,19 @@ def _named(layout: Layout | str, length: int, world: int) -> Layout:
     return Layout.of(layout, length // world, world)
 
 
-def _aligned(q_layout: Layout, k_layout: Layout, kv_layout: Layout | str | None, mask: Mask) -> Layout:
-    if kv_layout is None or q_layout.offset or mask == Mask.full():
-        return q_layout
-    offset = k_layout.offset + k_layout.total - q_layout.total
-    if offset < 0:
-        raise ValueError(
-            f"{q_layout.total} queries are more than {k_layout.total} keys, and cannot align bottom-right; give the query layout an offset"
-        )
-    return q_layout.at(offset)
+def _problem(
+    q_layout: Layout, k_layout: Layout, align: bool, mask: Mask, shape: AttentionShape, direction: str = "forward"
+) -> Problem:
+    if align and not q_layout.offset and not mask.limits.packed and mask != Mask.full():
+        offset = k_layout.offset + k_layout.total - q_layout.total
+        if offset < 0:
+            raise ValueError(
+                f"{q_layout.total} queries are more than {k_layout.total} keys, and cannot align bottom-right; "
+                "give the query layout an offset"
+            )
+        q_layout = q_layout.at(offset)
+    check_mask(mask, q_layout, k_layout, shape.batch)
+    return Problem(q_layout.world, q_layout, k_layout, mask, direction, shape.q_heads, shape.kv_heads)
 
 
 def _plan_for(
@@ -231,8 +235,7 @@ def _plan_for(
     shape = AttentionShape(
         q.shape[0], q_layout.total, k_layout.total, q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.dtype
     )
-    allowed = Mask.of(mask)
-    problem = Problem(world, _aligned(q_layout, k_layout, kv_layout, allowed), k_layout, allowed)
+    problem = _problem(q_layout, k_layout, kv_layout is not None, Mask.of(mask), shape)
     return choose_plan(schedule, problem, shape)
 
 

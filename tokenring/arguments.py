@@ -44,6 +44,23 @@ def check_options(q: Tensor, sinks: Tensor | None, scale: float | None, softcap:
         raise ValueError(f"softcap is {softcap}; it must be above 0 and finite, or None for none")
 
 
+def check_mask(mask: Mask, q_layout: Layout, kv_layout: Layout, batch: int) -> None:
+    """What a mask says of the sequence must be true of it: where documents end, how far spans reach, how many entries."""
+    limits = mask.limits
+    q_stop, kv_stop = (cut.offset + cut.total for cut in (q_layout, kv_layout))
+    if limits.kv_stop is not None and (limits.kv_stop != kv_stop or limits.q_stop < q_stop):
+        raise ValueError(
+            f"the mask's documents end at query {limits.q_stop} and key {limits.kv_stop}; the layouts' queries end at "
+            f"{q_stop} and keys at {kv_stop}. The last of cu_seqlens must be the length of the sequence"
+        )
+    if limits.reach > kv_stop:
+        raise ValueError(
+            f"the mask's spans or lengths reach to position {limits.reach}; the keys end at {kv_stop}. Cut them to the sequence"
+        )
+    if limits.batch not in (None, batch):
+        raise ValueError(f"the mask has lengths for {limits.batch} batch entries; the tensors have {batch}")
+
+
 def check_given(
     plan: Plan,
     q: Tensor,

@@ -1,9 +1,9 @@
 """The proof of a plan, on the same object that the executor runs.
 
-held      every slot that is computed on, sent or merged is held by then, whole, with the rows that are asked for
+slots     what each rank does with its slots is right by itself (see `tokenring.check_slots`): among other things, every row
+          and head of a partial is used exactly once, and merged only by its owner
 paired    a transfer stands at the same (step, lane) on both of its ends, in one order for each pair, and never leads home
-covered   the tiles of all ranks hold every allowed (query, key) pair exactly once, and no other
-merged    every partial ends exactly once at the rank that owns its queries
+covered   the tiles of all ranks hold every allowed (query, key) pair exactly once in every head, and no other
 live      with every lane a first-in-first-out queue of grouped exchanges (NCCL's condition), no rank waits for ever
 """
 
@@ -13,9 +13,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tokenring.check_slots import LANES, PlanError, check_slots
-from tokenring.plan import PAYLOAD_LANE, RETURN_LANE, Compute, Piece, Plan, Slot, Step, Transfer
-from tokenring.segments import Tile, rows_in, union
+from tokenring.check_slots import PlanError, check_slots
+from tokenring.plan import Plan
+from tokenring.program import operations
+from tokenring.segments import Range, Tile
+from tokenring.step import LANES, Compute, Piece, Slot, Step, Transfer
 
 __all__ = ["PlanError", "Report", "check"]
 
@@ -26,6 +28,7 @@ class Report:
 
     ranks: int
     pairs: int
+    """Allowed pairs of one head; where batch entries have masks of their own, over all of them."""
     transfers: int
     bytes: int
 
@@ -37,7 +40,6 @@ def check(plan: Plan) -> Report:
     for rank in range(plan.world):
         check_slots(plan, rank, steps[rank])
     pairs = _covered(plan, steps)
-    _merged(plan, steps)
     _live(steps)
     total = sum(plan.bytes_sent(rank) for rank in range(plan.world))
     return Report(plan.world, pairs, transfers, total)
@@ -78,16 +80,17 @@ def _same_messages(key: tuple[int, int, int, int], sent: list[Transfer], receive
 
 
 def _covered(plan: Plan, steps: list[tuple[Step, ...]]) -> int:
-    found: defaultdict[tuple[int, int], list[Tile]] = defaultdict(list)
+    found: defaultdict[tuple[int, int], list[tuple[Tile, Range]]] = defaultdict(list)
     for rank, mine in enumerate(steps):
         slots = _all_slots(plan, rank, mine)
         for compute in (c for step in mine for c in step.computes):
+            heads = compute.heads or (0, plan.problem.q_heads)
             for q_owner, k_owner, tile in _by_owner(slots[compute.q], slots[compute.kv], compute):
-                found[(q_owner, k_owner)].append(tile)
+                found[(q_owner, k_owner)].append((tile, heads))
     pairs = 0
     for q_owner in range(plan.world):
         for k_owner in range(plan.world):
-            pairs += _exactly_once(plan, q_owner, k_owner, found[(q_owner, k_owner)])
+            pairs += _every_head(plan, q_owner, k_owner, found[(q_owner, k_owner)])
     return pairs
 
 
@@ -98,42 +101,42 @@ def _all_slots(plan: Plan, rank: int, steps: tuple[Step, ...]) -> dict[str, Slot
 
 def _by_owner(q: Slot, kv: Slot, compute: Compute) -> Iterator[tuple[int, int, Tile]]:
     """A compute's tiles, cut at the pieces of both slots and moved to the owners' row space."""
-    for q_row, q_piece in _placed(q):
-        for k_row, k_piece in _placed(kv):
-            area = Tile(q_row, q_row + q_piece.rows, k_row, k_row + k_piece.rows)
-            for tile in compute.tiles:
-                part = _common(tile, area)
+    for tile in compute.tiles:
+        for q_row, q_piece in _placed(q, tile.q_start, tile.q_stop):
+            for k_row, k_piece in _placed(kv, tile.k_start, tile.k_stop):
+                part = tile.common(Tile(q_row, q_row + q_piece.rows, k_row, k_row + k_piece.rows))
                 if part is not None:
                     yield q_piece.owner, k_piece.owner, part.shift(q_piece.start - q_row, k_piece.start - k_row)
 
 
-def _placed(slot: Slot) -> Iterator[tuple[int, Piece]]:
+def _placed(slot: Slot, start: int, stop: int) -> Iterator[tuple[int, Piece]]:
+    """The pieces that hold some row of start..stop-1, each with its first row."""
     row = 0
     for piece in slot.pieces:
-        yield row, piece
+        if row < stop and row + piece.rows > start:
+            yield row, piece
         row += piece.rows
 
 
-def _common(a: Tile, b: Tile) -> Tile | None:
-    """The pairs of both."""
-    lowers = [x for x in (a.lower, b.lower) if x is not None]
-    uppers = [x for x in (a.upper, b.upper) if x is not None]
-    q_start, q_stop = max(a.q_start, b.q_start), min(a.q_stop, b.q_stop)
-    k_start, k_stop = max(a.k_start, b.k_start), min(a.k_stop, b.k_stop)
-    if q_start >= q_stop or k_start >= k_stop:
-        return None
-    return Tile(q_start, q_stop, k_start, k_stop, max(lowers, default=None), min(uppers, default=None)).trim()
+def _every_head(plan: Plan, q_owner: int, k_owner: int, tiles: list[tuple[Tile, Range]]) -> int:
+    """Pairs of one head; every head has the same."""
+    edges = sorted({0, plan.problem.q_heads, *(edge for _, heads in tiles for edge in heads)})
+    pairs = 0
+    for first, last in zip(edges, edges[1:]):
+        some = [tile for tile, heads in tiles if heads[0] <= first and last <= heads[1]]
+        pairs = _exactly_once(plan, q_owner, k_owner, some)
+    return pairs
 
 
 def _exactly_once(plan: Plan, q_owner: int, k_owner: int, tiles: list[Tile]) -> int:
     allowed = plan.problem.tiles(plan.problem.own("q", q_owner).pieces, plan.problem.own("kv", k_owner).pieces)
     where = f"queries of rank {q_owner} and keys of rank {k_owner}"
     for index, tile in enumerate(tiles):
-        inside = sum(part.pairs() for a in allowed if (part := _common(tile, a)))
+        inside = sum(part.pairs() for a in allowed if (part := tile.common(a)))
         if inside != tile.pairs():
             raise PlanError(f"{where}: {tile} holds {tile.pairs() - inside} pairs that the mask forbids")
         for other in tiles[:index]:
-            if (both := _common(tile, other)) is not None:
+            if (both := tile.common(other)) is not None:
                 raise PlanError(f"{where}: {both.pairs()} pairs are computed twice, in {other} and {tile}")
     total, wanted = sum(t.pairs() for t in tiles), sum(a.pairs() for a in allowed)
     if total != wanted:
@@ -141,39 +144,10 @@ def _exactly_once(plan: Plan, q_owner: int, k_owner: int, tiles: list[Tile]) -> 
     return total
 
 
-def _merged(plan: Plan, steps: list[tuple[Step, ...]]) -> None:
-    ends: Counter[tuple[int, str]] = Counter(
-        (rank, name) for rank, mine in enumerate(steps) for step in mine for name in step.merges
-    )
-    returns: defaultdict[tuple[int, str], list[Transfer]] = defaultdict(list)
-    for transfer in (t for mine in steps for step in mine for t in step.sends[RETURN_LANE]):
-        returns[(transfer.source, transfer.source_slot)].append(transfer)
-    for rank, mine in enumerate(steps):
-        for index, step in enumerate(mine):
-            for partial in (result for compute in step.computes for result in compute.results):
-                parts = [(t.destination, t.destination_slot, t.pieces) for t in returns.pop((rank, partial.name), ())]
-                if not _ends_once(partial, parts or [(rank, partial.name, partial.pieces)], ends):
-                    raise PlanError(
-                        f"rank {rank}, step {index}: partial {partial.name} is not merged exactly once by its owner"
-                    )
-    if ends:
-        rank, name = next(iter(ends))
-        raise PlanError(f"rank {rank}: merges {name}, which no compute makes")
-    if returns:
-        raise PlanError(f"{next(iter(returns.values()))[0]} is no partial of a compute")
-
-
-def _ends_once(partial: Slot, parts: list[tuple[int, str, tuple[Piece, ...]]], ends: Counter[tuple[int, str]]) -> bool:
-    """Whether the parts are the partial, each row once, and each part is merged once at the rank that owns it."""
-    merged = [ends.pop((at, name), 0) == 1 and all(p.owner == at for p in rows) for at, name, rows in parts]
-    moved = [r for _, _, rows in parts for r in partial.locate(rows)]
-    return all(merged) and rows_in(moved) == rows_in(union(moved)) == partial.rows
-
-
 def _live(steps: list[tuple[Step, ...]]) -> None:
     """Play every rank's program; exchanges of a lane start in order, and end when all their peers have reached theirs."""
     queues = {
-        (rank, lane): [i for i, s in enumerate(mine) if s.sends[lane] or s.receives[lane]]
+        (rank, lane): [i for i, s in enumerate(mine) if s.moves(lane)]
         for rank, mine in enumerate(steps)
         for lane in LANES
     }
@@ -203,12 +177,7 @@ def _live(steps: list[tuple[Step, ...]]) -> None:
 
 def _program(steps: tuple[Step, ...]) -> list[tuple[str, int, int]]:
     """The pushes and waits of the executor, in its order."""
-    program: list[tuple[str, int, int]] = []
-    for index in range(len(steps)):
-        program += [("push", PAYLOAD_LANE, index), ("push", RETURN_LANE, index)]
-        program += [("wait", RETURN_LANE, index - 1), ("wait", PAYLOAD_LANE, index)]
-    program.append(("wait", RETURN_LANE, len(steps) - 1))
-    return [p for p in program if p[2] >= 0 and (steps[p[2]].sends[p[1]] or steps[p[2]].receives[p[1]])]
+    return [(o.verb, o.lane, o.step) for o in operations(steps) if o.verb in ("push", "wait")]
 
 
 def _ready(

@@ -11,9 +11,12 @@ from functools import lru_cache
 
 import torch
 
-from tokenring.plan import Plan, Problem, Step, Transfer
-from tokenring.schedules import BACKWARD, BACKWARD_NAMES, FORWARD, NAMES
+from tokenring.merge import accumulator_dtype
+from tokenring.plan import Plan
+from tokenring.problem import Problem
+from tokenring.schedules import builder
 from tokenring.shape import AttentionShape
+from tokenring.step import Step, Transfer
 
 PREFERENCE = ("ring", "biring", "tokenring", "gather")
 BACKWARD_PREFERENCE = ("ring:direct", "biring", "tokenring", "gather")
@@ -25,22 +28,26 @@ def choose_plan(
     schedule: str, problem: Problem, shape: AttentionShape, partial_dtype: torch.dtype | None = None
 ) -> Plan:
     """The plan of a schedule by name, or of the one that "auto" picks, in the problem's direction."""
-    check_name(schedule, problem.backward)
-    builders, preference = (BACKWARD, BACKWARD_PREFERENCE) if problem.backward else (FORWARD, PREFERENCE)
+    preference = BACKWARD_PREFERENCE if problem.backward else PREFERENCE
     if schedule != "auto":
-        return Plan(schedule, problem, shape, builders[schedule], partial_dtype=partial_dtype)
-    plans = {name: Plan(name, problem, shape, builders[name], partial_dtype=partial_dtype) for name in preference}
+        return _plan(schedule, problem, shape, partial_dtype)
+    plans = {name: _plan(name, problem, shape, partial_dtype) for name in preference}
     busiest = {name: _busiest(plan) for name, plan in plans.items()}
     best = min(preference, key=lambda name: busiest[name])
     why = "auto: the busiest rank sends and receives " + ", ".join(f"{busiest[n]} bytes with {n}" for n in preference)
     return replace(plans[best], why=why)
 
 
-def check_name(schedule: str, backward: bool) -> None:
-    """Refuse a schedule that does not exist in this direction."""
-    what, names = ("backward_schedule", BACKWARD_NAMES) if backward else ("schedule", NAMES)
-    if schedule not in names:
-        raise ValueError(f"{what} is {schedule!r}; give one of {', '.join(names)}")
+def _plan(name: str, problem: Problem, shape: AttentionShape, partial_dtype: torch.dtype | None) -> Plan:
+    if problem.backward and name == "ring":
+        partial_dtype = accumulator_dtype(shape.dtype)
+    return Plan(name, problem, shape, builder(name, problem.world, problem.backward), partial_dtype=partial_dtype)
+
+
+def check_name(schedule: str, world: int, backward: bool) -> None:
+    """Refuse a schedule that does not exist in this direction, or not for so many ranks."""
+    if schedule != "auto":
+        builder(schedule, world, backward)
 
 
 def _busiest(plan: Plan) -> int:

@@ -1,8 +1,7 @@
-"""Runs a plan on one rank, forward or backward. It knows steps, slots and lanes, and no schedule by name.
+"""Runs a plan on one rank, forward or backward: operation by operation, as `tokenring.program` orders them.
 
-Order in one step: the receives of the next step are posted, then this step's sends; tiles are computed while both move; the
-partials made for others leave; what came home in the step before is merged. Receives always precede the sends of their step,
-because on a shared connection a receive's ready message would queue behind bulk data.
+It knows slots, lanes and verbs, and no schedule by name. Receives always precede the sends of their step, because on a shared
+connection a receive's ready message would queue behind bulk data.
 """
 
 from __future__ import annotations
@@ -12,10 +11,15 @@ import time
 import torch
 from torch import Tensor
 
-from tokenring.plan import PAYLOAD_LANE, RETURN_LANE, Compute, Plan, Slot, Step, Transfer
+from tokenring.plan import Plan
+from tokenring.program import Operation
 from tokenring.segments import Range
+from tokenring.step import Compute, Piece, Slot, Sum, Transfer
 from tokenring.transport import Event, Message, Transport
-from tokenring.work import ROW_DIMS, Tensors, Work
+from tokenring.work import HEAD_DIMS, ROW_DIMS, Tensors, Work
+
+Region = tuple[tuple[Range, ...], Range | None]
+"""Rows, and heads (None: all), inside the tensors of a slot."""
 
 
 def run(plan: Plan, transport: Transport, work: Work) -> Tensors:
@@ -31,120 +35,138 @@ class _Run:
     """One rank's slots, and what is under way."""
 
     def __init__(self, plan: Plan, transport: Transport, work: Work) -> None:
-        self.transport, self.work = transport, work
-        self.steps = plan.steps(transport.rank)
+        self.transport, self.work, self.problem = transport, work, plan.problem
+        self.steps, self.program = plan.steps(transport.rank), plan.operations(transport.rank)
         self.slots: dict[str, Slot] = {what: plan.problem.own(what, transport.rank) for what in ("q", "kv")}
         self.held: dict[str, Tensors] = dict(work.inputs)
-        self.last_use = _last_uses(self.steps)
-        self.landing: dict[tuple[int, int], list[tuple[Tensor, Tensor, int, tuple[Range, ...]]]] = {}
+        self.landing: dict[tuple[int, int], list[tuple[Tensor, list[Tensor], int]]] = {}
 
     def result(self) -> Tensors:
-        self._open(PAYLOAD_LANE, 0)
-        for index, step in enumerate(self.steps):
-            self._open(PAYLOAD_LANE, index + 1)
-            self._open(RETURN_LANE, index)
-            self._push(PAYLOAD_LANE, index, step)
-            for compute in step.computes:
-                self._compute(compute, index)
-            self._push(RETURN_LANE, index, step)
-            self._wait(RETURN_LANE, index - 1)
-            for name in step.merges:
-                self._merge(name, index)
-            self._wait(PAYLOAD_LANE, index)
-            for name in [n for n in self.held if self.last_use.get(n, -1) <= index and n not in self._arriving(index)]:
-                del self.held[name]
-        self._wait(RETURN_LANE, len(self.steps) - 1)
+        verbs = {
+            "open": self._open,
+            "push": self._push,
+            "wait": self._wait,
+            "copy": self._copy,
+            "compute": self._compute,
+            "sum": self._sum,
+            "merge": self._merge,
+            "free": self._free,
+        }
+        for operation in self.program:
+            verbs[operation.verb](operation)
         return self.work.result()
 
     # -- transfers ---------------------------------------------------------------------------------------------------
 
-    def _open(self, lane: int, index: int) -> None:
-        if index >= len(self.steps):
-            return
-        step = self.steps[index]
-        for slot in step.slots:
-            if any(t.destination_slot == slot.name for t in step.receives[lane]):
-                self.slots[slot.name] = slot
-                self.held[slot.name] = self.work.allocate(slot)
+    def _open(self, operation: Operation) -> None:
+        key = operation.lane, operation.step
         messages: list[Message] = []
-        for transfer in step.receives[lane]:
-            ranges = self.slots[transfer.destination_slot].locate(transfer.pieces)
-            for tensor, dim in zip(self.held[transfer.destination_slot], ROW_DIMS[transfer.what]):
-                view = _view(tensor, dim, ranges)
-                if view is None or not view.is_contiguous():
-                    view = tensor.new_empty([transfer.rows if d == dim else n for d, n in enumerate(tensor.shape)])
-                    self.landing.setdefault((lane, index), []).append((view, tensor, dim, ranges))
-                messages.append((transfer.source, view))
-        if messages:
-            self.transport.open(lane, index, messages)
+        for transfer in self.steps[operation.step].receives[operation.lane]:
+            self._allocate(transfer.destination_slot, operation.step)
+            for views, dim in self._views(transfer.destination_slot, transfer):
+                buffer = views[0]
+                if len(views) > 1 or not buffer.is_contiguous():
+                    rows = sum(v.shape[dim] for v in views)
+                    buffer = buffer.new_empty([rows if d == dim else n for d, n in enumerate(buffer.shape)])
+                    self.landing.setdefault(key, []).append((buffer, views, dim))
+                messages.append((transfer.source, buffer))
+        self.transport.open(*key, messages)
 
-    def _push(self, lane: int, index: int, step: Step) -> None:
-        if step.sends[lane] or step.receives[lane]:
-            self.transport.push(lane, index, [m for transfer in step.sends[lane] for m in self._messages(transfer)])
+    def _push(self, operation: Operation) -> None:
+        messages: list[Message] = []
+        for transfer in self.steps[operation.step].sends[operation.lane]:
+            rows = tuple(_joined(views, dim) for views, dim in self._views(transfer.source_slot, transfer))
+            leaving = self.work.on_wire(transfer.what, rows)
+            messages += [(transfer.destination, x.contiguous()) for x in leaving]
+        self.transport.push(operation.lane, operation.step, messages)
 
-    def _messages(self, transfer: Transfer) -> list[Message]:
-        ranges = self.slots[transfer.source_slot].locate(transfer.pieces)
-        rows: list[Tensor] = []
-        for tensor, dim in zip(self.held[transfer.source_slot], ROW_DIMS[transfer.what]):
-            view = _view(tensor, dim, ranges)
-            rows.append(torch.cat([tensor.narrow(dim, a, b - a) for a, b in ranges], dim=dim) if view is None else view)
-        return [(transfer.destination, x.contiguous()) for x in self.work.on_wire(transfer.what, tuple(rows))]
+    def _wait(self, operation: Operation) -> None:
+        self.transport.wait(operation.lane, operation.step)
+        for buffer, views, dim in self.landing.pop((operation.lane, operation.step), ()):
+            for view, part in zip(views, buffer.split([v.shape[dim] for v in views], dim)):
+                view.copy_(part)
 
-    def _wait(self, lane: int, index: int) -> None:
-        if index < 0 or not (self.steps[index].sends[lane] or self.steps[index].receives[lane]):
-            return
-        self.transport.wait(lane, index)
-        for buffer, tensor, dim, ranges in self.landing.pop((lane, index), ()):
-            row = 0
-            for start, stop in ranges:
-                tensor.narrow(dim, start, stop - start).copy_(buffer.narrow(dim, row, stop - start))
-                row += stop - start
+    def _copy(self, operation: Operation) -> None:
+        transfer: Transfer = operation.what
+        self._allocate(transfer.destination_slot, operation.step)
+        ends = zip(self._views(transfer.source_slot, transfer), self._views(transfer.destination_slot, transfer))
+        for (sources, dim), (targets, _) in ends:
+            parts = _joined(sources, dim).split([t.shape[dim] for t in targets], dim)
+            for target, part in zip(targets, parts):
+                target.copy_(part)
 
-    def _arriving(self, index: int) -> set[str]:
-        return {slot.name for step in self.steps[index : index + 2] for slot in step.slots}
+    def _free(self, operation: Operation) -> None:
+        self.held.pop(operation.what, None)
 
-    # -- compute and merge -------------------------------------------------------------------------------------------
+    def _allocate(self, name: str, step: int) -> None:
+        if name not in self.held:
+            self.slots[name] = next(slot for slot in self.steps[step].slots if slot.name == name)
+            self.held[name] = self.work.allocate(self.slots[name])
 
-    def _compute(self, compute: Compute, index: int) -> None:
+    def _views(self, name: str, transfer: Transfer) -> list[tuple[list[Tensor], int]]:
+        """For each tensor of a slot, views of the rows and heads of a transfer, and the dim that counts rows."""
+        return self._region(name, self.slots[name].locate(transfer.pieces), transfer.heads)
+
+    def _region(self, name: str, ranges: tuple[Range, ...], heads: Range | None) -> list[tuple[list[Tensor], int]]:
+        slot, found = self.slots[name], []
+        for tensor, dim, head_dim in zip(self.held[name], ROW_DIMS[slot.what], HEAD_DIMS[slot.what]):
+            tensor = _heads(tensor, head_dim, heads, slot)
+            found.append(([tensor.narrow(dim, a, b - a) for a, b in ranges], dim))
+        return found
+
+    # -- compute, sum and merge --------------------------------------------------------------------------------------
+
+    def _compute(self, operation: Operation) -> None:
         start = time.perf_counter()
+        compute: Compute = operation.what
         sides = (compute.q, compute.kv)
-        partials = self.work.compute(*(self.held[side] for side in sides), compute.tiles)
+        heads = (compute.heads, self.problem.key_heads(compute.heads))
+        inputs = [self._all_rows(name, some) for name, some in zip(sides, heads)]
+        partials = self.work.compute(*inputs, compute.tiles)
         for slot, side, (first, tensors) in zip(compute.results, sides, partials):
             rows = self.slots[side].locate(slot.pieces)
             self.slots[slot.name] = slot
             self.held[slot.name] = _rows(tensors, ROW_DIMS[slot.what], [(a - first, b - first) for a, b in rows])
-        if self.transport.tracing:
-            self.transport.record(Event("compute", start, time.perf_counter(), index))
+        self._record("compute", start, operation, self.work.kernel)
 
-    def _merge(self, name: str, index: int) -> None:
-        start = time.perf_counter()
+    def _all_rows(self, name: str, heads: Range | None) -> Tensors:
         slot = self.slots[name]
-        self.work.merge(self.held[name], slot, [(p.start, p.stop) for p in slot.pieces])
+        return tuple(_heads(t, dim, heads, slot) for t, dim in zip(self.held[name], HEAD_DIMS[slot.what]))
+
+    def _sum(self, operation: Operation) -> None:
+        start = time.perf_counter()
+        total: Sum = operation.what
+        parts = [(total.target.locate(self.slots[name].pieces), self.held[name]) for name in total.sources]
+        self.slots[total.target.name] = total.target
+        self.held[total.target.name] = self.work.sum(total.target, parts)
+        self._record("merge", start, operation)
+
+    def _merge(self, operation: Operation) -> None:
+        start = time.perf_counter()
+        slot = self.slots[operation.what]
+        self.work.merge(self.held[slot.name], slot, _own_ranges(slot.pieces))
+        self._record("merge", start, operation)
+
+    def _record(self, kind: str, start: float, operation: Operation, kernel: str = "") -> None:
         if self.transport.tracing:
-            self.transport.record(Event("merge", start, time.perf_counter(), index))
+            self.transport.record(Event(kind, start, time.perf_counter(), operation.step, kernel=kernel))
+
+
+def _own_ranges(pieces: tuple[Piece, ...]) -> list[Range]:
+    return [(p.start, p.stop) for p in pieces]
+
+
+def _heads(tensor: Tensor, dim: int, heads: Range | None, slot: Slot) -> Tensor:
+    if heads is None or heads == slot.heads:
+        return tensor
+    return tensor.narrow(dim, heads[0] - (slot.heads[0] if slot.heads else 0), heads[1] - heads[0])
 
 
 def _rows(tensors: Tensors, dims: tuple[int, ...], ranges: list[Range]) -> Tensors:
     """Just these rows: nothing is copied where they are all there is, or follow one another."""
-    picked = []
-    for tensor, dim in zip(tensors, dims):
-        parts = [tensor.narrow(dim, a, b - a) for a, b in ranges]
-        picked.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim))
-    return tuple(picked)
+    picked = ([t.narrow(dim, a, b - a) for a, b in ranges] for t, dim in zip(tensors, dims))
+    return tuple(_joined(parts, dim) for parts, dim in zip(picked, dims))
 
 
-def _view(tensor: Tensor, dim: int, ranges: tuple[Range, ...]) -> Tensor | None:
-    if len(ranges) != 1:
-        return None
-    start, stop = ranges[0]
-    return tensor.narrow(dim, start, stop - start)
-
-
-def _last_uses(steps: tuple[Step, ...]) -> dict[str, int]:
-    """The last step that reads each slot."""
-    last: dict[str, int] = {}
-    for index, step in enumerate(steps):
-        names = [n for c in step.computes for n in (c.q, c.kv)]
-        names += [t.source_slot for lane in step.sends for t in lane] + list(step.merges)
-        last.update(dict.fromkeys(names, index))
-    return last
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)

@@ -12,6 +12,7 @@ work (zigzag: ring-flash-attention and Megatron; striped: Brandon et al., arXiv 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,6 +77,17 @@ class Layout:
             starts = range(0, length, block)
             runs = [[Segment(offset + s, min(block, length - s)) for s in starts[r::world]] for r in range(world)]
         return cls(length, world, offset, _frozen(runs), f"striped({block})")
+
+    @classmethod
+    def from_runs(cls, runs: Sequence[Sequence[Segment]]) -> Layout:
+        """Any cut, given each rank's runs of positions in local order; positions count from 0, none held twice.
+
+        >>> Layout.from_runs([[Segment(0, 1), Segment(3, 1)], [Segment(1, 2)]]).positions(0).tolist()
+        [0, 3]
+        """
+        frozen = _frozen(runs)
+        total = sum(s.count for rank in frozen for s in rank)
+        return cls(total, len(frozen), 0, frozen, f"runs:{hash(frozen):x}")
 
     @classmethod
     def of(cls, layout: Layout | str, local_length: int, world: int) -> Layout:
@@ -162,5 +174,5 @@ def _cuts(length: int, parts: int) -> list[int]:
     return [p * base + min(p, more) for p in range(parts + 1)]
 
 
-def _frozen(runs: list[list[Segment]]) -> tuple[tuple[Segment, ...], ...]:
+def _frozen(runs: Sequence[Sequence[Segment]]) -> tuple[tuple[Segment, ...], ...]:
     return tuple(tuple(join(rank)) for rank in runs)

@@ -1,14 +1,23 @@
 """Which key a query may attend to, as interval algebra on global positions.
 
-A mask here is a band: `lower <= key position - query position <= upper`, either bound absent. Causal is `upper = 0`, full has
-no bound, a window of flash-attention's convention is `-left <= k - q <= right`. A mask is cut to tiles over two lists of
-position runs; pairs of runs that it kills give no tile, and so are neither computed nor sent.
+A mask is a list of disjoint *cells*: a range of query positions x a range of key positions x a band
+`lower <= key position - query position <= upper`, for all batch entries or some.
+
+    causal                     documents               spans (image blocks)      lengths
+    one cell, upper = 0        one cell a document     causal, and above the     one cell for each run of batch
+                                                       diagonal of each block    entries of equal length
+
+An intersection meets cell by cell. A mask is cut to tiles over two lists of position runs; pairs of runs that it kills give
+no tile, and so are neither computed nor sent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, groupby, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,73 +25,227 @@ from torch import Tensor
 from tokenring.runs import ascending, run_tiles
 from tokenring.segments import Segment, Tile, fuse, join
 
+END = 1 << 62
+"""Past every position."""
 
-@dataclass(frozen=True, slots=True)
+Numbers = Sequence[int] | Tensor
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a mask says of the sequence itself: where it ends, how far it must reach, how many batch entries there are."""
+
+    q_stop: int | None = None
+    kv_stop: int | None = None
+    reach: int = 0
+    batch: int | None = None
+    packed: bool = False
+    """Queries and keys have packed axes of their own, which nothing aligns."""
+
+    def __and__(self, other: Limits) -> Limits:
+        both = {}
+        for name in ("q_stop", "kv_stop", "batch"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine is not None and theirs is not None and mine != theirs:
+                raise ValueError(f"two masks cannot be joined: one says {name} is {mine}, the other {theirs}")
+            both[name] = theirs if mine is None else mine
+        return Limits(**both, reach=max(self.reach, other.reach), packed=self.packed or other.packed)
+
+
+@dataclass(frozen=True)
 class Mask:
-    """A hashable mask. Build one with `causal()`, `full()` or `window()`; join two with `&`.
+    """A hashable mask. Build one with the class methods; join two with `&`.
 
     >>> Mask.causal().dense(torch.arange(3), torch.arange(3)).int().tolist()
     [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
     """
 
-    lower: int | None = None
-    upper: int | None = None
+    cells: tuple[Tile, ...]
+    """Disjoint, in ascending order of their first query; rows are global positions here."""
+    limits: Limits = Limits()
+    _hash: int = field(init=False, repr=False, compare=False)
+    _reach: tuple[int, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.cells, self.limits)))
+        object.__setattr__(self, "_reach", tuple(accumulate((c.q_stop for c in self.cells), max)))
+
+    def __hash__(self) -> int:
+        """Made once: plans look their parts up by mask, and a packed batch has thousands of cells."""
+        return self._hash
+
+    @classmethod
+    def band(cls, lower: int | None, upper: int | None) -> Mask:
+        """lower <= k - q <= upper; None leaves a side open."""
+        return cls(_sorted([Tile(0, END, 0, END, lower, upper)]))
 
     @classmethod
     def causal(cls) -> Mask:
         """k <= q."""
-        return cls(upper=0)
+        return cls.band(None, 0)
 
     @classmethod
     def full(cls) -> Mask:
         """Every key."""
-        return cls()
+        return cls.band(None, None)
 
     @classmethod
     def window(cls, left: int, right: int = 0) -> Mask:
         """q - left <= k <= q + right (flash-attention's convention; transformers' `sliding_window=W` is `left=W-1`)."""
         if left < 0 or right < 0:
             raise ValueError(f"Mask.window got left={left}, right={right}; both count positions and must be 0 or more")
-        return cls(lower=-left, upper=right)
+        return cls.band(-left, right)
+
+    @classmethod
+    def documents(cls, cu_seqlens: Numbers, kv_cu_seqlens: Numbers | None = None, causal: bool = True) -> Mask:
+        """Documents packed in one sequence: document i holds positions cu_seqlens[i]..cu_seqlens[i+1]-1 and sees itself only.
+
+        Args:
+            cu_seqlens: from 0 to the sequence's length, not descending; an empty document is allowed.
+            kv_cu_seqlens: where the keys are packed otherwise; causal then aligns the ends of each pair of documents
+                (flash-attention's variable-length convention), and queries and keys have axes of their own from 0.
+            causal: k <= q inside a document; False: all of it.
+
+        >>> Mask.documents([0, 2, 3]).dense(torch.arange(3), torch.arange(3)).int().tolist()
+        [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
+        """
+        q = _bounds("cu_seqlens", cu_seqlens)
+        k = q if kv_cu_seqlens is None else _bounds("kv_cu_seqlens", kv_cu_seqlens)
+        if len(q) != len(k):
+            raise ValueError(
+                f"Mask.documents got {len(q) - 1} documents of queries and {len(k) - 1} of keys; give as many of both"
+            )
+        cells = [Tile(*a, *b, upper=b[1] - a[1] if causal else None) for a, b in zip(pairwise(q), pairwise(k))]
+        return cls(_sorted(cells), Limits(q[-1], k[-1], packed=kv_cu_seqlens is not None))
+
+    @classmethod
+    def spans(cls, spans: Sequence[Sequence[int]] | Tensor) -> Mask:
+        """Causal, and both ways inside each half-open (start, end): the image blocks of a multimodal sequence.
+
+        >>> Mask.spans([(0, 2)]).dense(torch.arange(3), torch.arange(3)).int().tolist()
+        [[1, 1, 0], [1, 1, 0], [1, 1, 1]]
+        """
+        ends = sorted((int(a), int(b)) for a, b in spans)
+        for (a, b), (after, _) in pairwise([*ends, (END, END)]):
+            if not 0 <= a <= b <= after:
+                raise ValueError(
+                    f"Mask.spans got ({a}, {b}) before a span that starts at {after}; "
+                    "spans are (start, end) with 0 <= start <= end, and must not overlap"
+                )
+        above = [Tile(a, b, a, b, lower=1) for a, b in ends]
+        return cls(_sorted([Tile(0, END, 0, END, upper=0), *above]), Limits(reach=ends[-1][1] if ends else 0))
+
+    @classmethod
+    def lengths(cls, lengths: Numbers) -> Mask:
+        """(B,): keys at or past lengths[b] are padding in batch entry b. Queries there attend to the keys that are none.
+
+        >>> Mask.lengths([1, 2]).dense(torch.arange(1), torch.arange(2)).int().tolist()
+        [[[1, 0]], [[1, 1]]]
+        """
+        given = _integers("lengths", lengths)
+        if not given or min(given) < 0:
+            raise ValueError(f"Mask.lengths got {given}; give one length of 0 or more for each batch entry")
+        cells, at = [], 0
+        for length, run in groupby(given):
+            first, at = at, at + len(list(run))
+            cells.append(Tile(0, END, 0, length, batch=(first, at)))
+        return cls(_sorted(cells), Limits(reach=max(given), batch=len(given)))
 
     @classmethod
     def of(cls, mask: Mask | str) -> Mask:
         """A mask from its name or itself."""
         if isinstance(mask, Mask):
             return mask
-        if mask == "causal":
-            return cls.causal()
-        if mask == "full":
-            return cls.full()
+        if isinstance(mask, str) and mask in ("causal", "full"):
+            return cls.causal() if mask == "causal" else cls.full()
+        given = f"a tensor of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
         raise ValueError(
-            f'mask is {mask!r}; give "causal", "full" or a tokenring.Mask (mask tensors are never accepted)'
+            f'mask is {given}; give "causal", "full" or a tokenring.Mask (mask tensors are never accepted: '
+            "Mask.documents, spans, lengths and window say what they would, and can be cut over ranks)"
         )
 
     def __and__(self, other: Mask) -> Mask:
         """Pairs that both masks allow."""
-        lowers = [m.lower for m in (self, other) if m.lower is not None]
-        uppers = [m.upper for m in (self, other) if m.upper is not None]
-        return Mask(max(lowers, default=None), min(uppers, default=None))
+        cells = [both for a in self.cells for b in other.over(a.q_start, a.q_stop - 1) if (both := a.common(b))]
+        return Mask(_sorted(cells), self.limits & other.limits)
+
+    def over(self, first: int, last: int) -> Iterator[Tile]:
+        """The cells that hold some query position of first..last."""
+        for index in range(bisect_right(self._reach, first), bisect_left(self.cells, last + 1, key=_q_start)):
+            if self.cells[index].q_stop > first:
+                yield self.cells[index]
+
+    @property
+    def one_sided(self) -> Tile | None:
+        """The cell of a mask that is one band over all positions with at most one bound, else None."""
+        if len(self.cells) != 1:
+            return None
+        cell = self.cells[0]
+        whole = cell.q_start == cell.k_start == 0 and min(cell.q_stop, cell.k_stop) > END // 2
+        return cell if whole and cell.batch is None and None in (cell.lower, cell.upper) else None
 
     def dense(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
-        """The boolean matrix (queries, keys), for tests and small cases."""
-        difference = k_positions[None, :] - q_positions[:, None]
-        allowed = torch.ones_like(difference, dtype=torch.bool)
-        if self.lower is not None:
-            allowed &= difference >= self.lower
-        if self.upper is not None:
-            allowed &= difference <= self.upper
+        """The boolean matrix (queries, keys), for tests and small cases; (batch, queries, keys) where entries differ."""
+        q, k = q_positions[:, None], k_positions[None, :]
+        shape = (q.shape[0], k.shape[1])
+        allowed = torch.zeros(shape if self.limits.batch is None else (self.limits.batch, *shape), dtype=torch.bool)
+        for cell in self.cells:
+            here = (q >= cell.q_start) & (q < cell.q_stop) & (k >= cell.k_start) & (k < cell.k_stop)
+            if cell.lower is not None:
+                here &= k - q >= cell.lower
+            if cell.upper is not None:
+                here &= k - q <= cell.upper
+            part = allowed if self.limits.batch is None or cell.batch is None else allowed[slice(*cell.batch)]
+            part |= here
         return allowed
 
     def tiles(self, q: Sequence[Segment], k: Sequence[Segment]) -> tuple[Tile, ...]:
         """The fused tiles of two slots, given the position runs of their rows in order."""
-        groups = ascending(join(k))
+        groups, k_row = [], 0
+        for group in ascending(join(k)):
+            groups.append((group, k_row))
+            k_row += group.rows
         tiles: list[Tile] = []
         q_row = 0
-        for q_run in join(q):
-            k_row = 0
-            for group in groups:
-                tiles += [t.shift(q_row, k_row) for t in run_tiles(q_run, group, self.lower, self.upper)]
-                k_row += group.rows
-            q_row += q_run.count
+        for run in join(q):
+            for cell in self.over(run.start, run.last):
+                first, last = run.inside(cell.q_start, cell.q_stop)
+                if first < last:
+                    tiles += _cell_tiles(run.cut(first, last), q_row + first, groups, cell)
+            q_row += run.count
         return fuse(tiles)
+
+
+def _cell_tiles(run: Segment, q_row: int, groups: list[tuple[Any, int]], cell: Tile) -> Iterator[Tile]:
+    for group, k_row in groups:
+        for part, row in group.inside(cell.k_start, cell.k_stop):
+            for tile in run_tiles(run, part, cell.lower, cell.upper):
+                yield tile.shift(q_row, k_row + row).of(cell.batch)
+
+
+def _q_start(cell: Tile) -> int:
+    return cell.q_start
+
+
+def _sorted(cells: Iterable[Tile]) -> tuple[Tile, ...]:
+    trimmed = (cell.trim() for cell in cells)
+    return tuple(sorted((c for c in trimmed if c), key=lambda c: (c.q_start, c.k_start, c.batch or (0, 0))))
+
+
+def _integers(what: str, numbers: Numbers) -> list[int]:
+    if isinstance(numbers, Tensor):
+        if numbers.dim() != 1 or numbers.is_floating_point() or numbers.dtype == torch.bool:
+            raise ValueError(f"{what} is a {numbers.dtype} tensor of {numbers.dim()} dims; give integers in one dim")
+        return numbers.tolist()
+    if any(int(n) != n for n in numbers):
+        raise ValueError(f"{what} is {list(numbers)}; give integers")
+    return [int(n) for n in numbers]
+
+
+def _bounds(what: str, numbers: Numbers) -> list[int]:
+    bounds = _integers(what, numbers)
+    if len(bounds) < 2 or bounds[0] != 0 or any(a > b for a, b in pairwise(bounds)):
+        raise ValueError(
+            f"{what} is {bounds}; give 0, the end of each document, not descending, the last the sequence's length"
+        )
+    return bounds

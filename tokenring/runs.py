@@ -29,6 +29,23 @@ class Ascending:
     def rows(self) -> int:
         return self.row[-1]
 
+    def inside(self, start: int, stop: int) -> list[tuple[Ascending, int]]:
+        """The runs cut to positions start..stop-1: lists of neighbouring rows, each with the row that its first one is."""
+        if not self.runs or (start <= self.firsts[0] and stop > self.lasts[-1]):
+            return [(self, 0)]
+        found: list[tuple[list[Segment], int]] = []
+        end = -1
+        for index in range(bisect_left(self.lasts, start), bisect_left(self.firsts, stop)):
+            first, last = self.runs[index].inside(start, stop)
+            if first == last:
+                continue
+            row = self.row[index] + first
+            if row != end:
+                found.append(([], row))
+            found[-1][0].append(self.runs[index].cut(first, last))
+            end = self.row[index] + last
+        return [(_ascending(runs), row) for runs, row in found]
+
 
 def ascending(runs: Sequence[Segment]) -> list[Ascending]:
     """Runs, none empty, cut into the fewest lists that ascend; their order is kept."""
@@ -38,15 +55,12 @@ def ascending(runs: Sequence[Segment]) -> list[Ascending]:
             lists[-1].append(run)
         else:
             lists.append([run])
-    return [
-        Ascending(
-            tuple(some),
-            tuple(r.start for r in some),
-            tuple(r.last for r in some),
-            tuple(accumulate((r.count for r in some), initial=0)),
-        )
-        for some in lists
-    ]
+    return [_ascending(some) for some in lists]
+
+
+def _ascending(runs: Sequence[Segment]) -> Ascending:
+    rows = tuple(accumulate((r.count for r in runs), initial=0))
+    return Ascending(tuple(runs), tuple(r.start for r in runs), tuple(r.last for r in runs), rows)
 
 
 def run_tiles(q: Segment, k: Ascending, lower: int | None, upper: int | None) -> list[Tile]:

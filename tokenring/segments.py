@@ -36,12 +36,19 @@ class Segment:
         """Rows first..last-1 of this run."""
         return Segment(self.start + first * self.stride, last - first, self.stride)
 
+    def inside(self, start: int, stop: int) -> Range:
+        """The rows whose positions lie in start..stop-1."""
+        first = max(0, -((self.start - start) // self.stride))
+        last = min(self.count, -((self.start - stop) // self.stride))
+        return (first, last) if first < last else (0, 0)
+
 
 @dataclass(frozen=True, slots=True)
 class Tile:
     """Query rows x key rows of two slots; a pair counts if lower <= key row - query row <= upper (None: no bound).
 
-    Rows are those of the slots, not of the tile, so a band keeps its bounds when a tile is cut or joined.
+    Rows are those of the slots, not of the tile, so a band keeps its bounds when a tile is cut or joined. `batch`: only these
+    batch entries; None for all.
     """
 
     q_start: int
@@ -50,11 +57,13 @@ class Tile:
     k_stop: int
     lower: int | None = None
     upper: int | None = None
+    batch: Range | None = None
 
     def pairs(self) -> int:
-        """How many (query, key) pairs the tile holds."""
+        """How many (query, key) pairs the tile holds, in one batch entry or in those of `batch`."""
         below = self._pairs_below(self.upper) if self.upper is not None else self._all()
-        return max(0, below - (self._pairs_below(self.lower - 1) if self.lower is not None else 0))
+        pairs = max(0, below - (self._pairs_below(self.lower - 1) if self.lower is not None else 0))
+        return pairs if self.batch is None else pairs * (self.batch[1] - self.batch[0])
 
     def _all(self) -> int:
         return (self.q_stop - self.q_start) * (self.k_stop - self.k_start)
@@ -74,7 +83,7 @@ class Tile:
         """The smallest tile with the same pairs, bounds that bind nothing removed; None if there are none.
 
         >>> Tile(0, 4, 2, 9, upper=0).trim()
-        Tile(q_start=2, q_stop=4, k_start=2, k_stop=4, lower=None, upper=0)
+        Tile(q_start=2, q_stop=4, k_start=2, k_stop=4, lower=None, upper=0, batch=None)
         """
         q0, q1, k0, k1, lower, upper = self.q_start, self.q_stop, self.k_start, self.k_stop, self.lower, self.upper
         for _ in range(2):
@@ -88,7 +97,32 @@ class Tile:
             upper = None
         if lower is not None and k0 - (q1 - 1) >= lower:
             lower = None
-        return Tile(q0, q1, k0, k1, lower, upper)
+        return Tile(q0, q1, k0, k1, lower, upper, self.batch)
+
+    def common(self, other: Tile) -> Tile | None:
+        """The pairs of both; None if there are none."""
+        lowers = [t.lower for t in (self, other) if t.lower is not None]
+        uppers = [t.upper for t in (self, other) if t.upper is not None]
+        batch = self.batch or other.batch
+        if self.batch and other.batch:
+            batch = (max(self.batch[0], other.batch[0]), min(self.batch[1], other.batch[1]))
+            if batch[0] >= batch[1]:
+                return None
+        q_start, q_stop = max(self.q_start, other.q_start), min(self.q_stop, other.q_stop)
+        k_start, k_stop = max(self.k_start, other.k_start), min(self.k_stop, other.k_stop)
+        if q_start >= q_stop or k_start >= k_stop:
+            return None
+        return Tile(
+            q_start, q_stop, k_start, k_stop, max(lowers, default=None), min(uppers, default=None), batch
+        ).trim()
+
+    def spans(self, rows: Range, keys: Range) -> bool:
+        """Whether the tile's rectangle is just these rows and keys."""
+        return (self.q_start, self.q_stop, self.k_start, self.k_stop) == (*rows, *keys)
+
+    def of(self, batch: Range | None) -> Tile:
+        """The same tile of some batch entries."""
+        return self if batch is None else replace(self, batch=batch)
 
     def shift(self, q_rows: int, k_rows: int) -> Tile:
         """The same tile where its query rows lie `q_rows` further on and its key rows `k_rows`."""
@@ -100,6 +134,7 @@ class Tile:
             self.k_stop + k_rows,
             None if self.lower is None else self.lower + move,
             None if self.upper is None else self.upper + move,
+            self.batch,
         )
 
 
@@ -136,10 +171,12 @@ def fuse(tiles: Iterable[Tile]) -> tuple[Tile, ...]:
     Two chunks of a zigzag rank, causal against themselves (three tiles), are one causal tile:
 
     >>> fuse([Tile(0, 2, 0, 2, upper=0), Tile(2, 4, 0, 2), Tile(2, 4, 2, 4, upper=0)])
-    (Tile(q_start=0, q_stop=4, k_start=0, k_stop=4, lower=None, upper=0),)
+    (Tile(q_start=0, q_stop=4, k_start=0, k_stop=4, lower=None, upper=0, batch=None),)
     """
-    by_keys = _joined(sorted(tiles, key=lambda t: (t.q_start, t.q_stop, t.k_start)), _along_keys)
-    return tuple(_joined(sorted(by_keys, key=lambda t: (t.k_start, t.q_start)), _along_queries))
+    by_keys = _joined(sorted(tiles, key=lambda t: (t.batch or (0, 0), t.q_start, t.q_stop, t.k_start)), _along_keys)
+    return tuple(
+        _joined(sorted(by_keys, key=lambda t: (t.batch or (0, 0), t.k_start, t.q_start)), _along_queries)
+    )
 
 
 def _joined(tiles: list[Tile], join_pair: Callable[[Tile, Tile], Tile | None]) -> list[Tile]:
@@ -154,7 +191,7 @@ def _joined(tiles: list[Tile], join_pair: Callable[[Tile, Tile], Tile | None]) -
 
 
 def _along_keys(a: Tile, b: Tile) -> Tile | None:
-    if (a.q_start, a.q_stop, a.k_stop) != (b.q_start, b.q_stop, b.k_start):
+    if (a.q_start, a.q_stop, a.k_stop, a.batch) != (b.q_start, b.q_stop, b.k_start, b.batch):
         return None
     for hull in _hulls(a, b):
         if (replace(hull, k_stop=a.k_stop).trim(), replace(hull, k_start=b.k_start).trim()) == (a, b):
@@ -163,7 +200,7 @@ def _along_keys(a: Tile, b: Tile) -> Tile | None:
 
 
 def _along_queries(a: Tile, b: Tile) -> Tile | None:
-    if a.q_stop != b.q_start:
+    if (a.q_stop, a.batch) != (b.q_start, b.batch):
         return None
     for hull in _hulls(a, b):
         if (replace(hull, q_stop=a.q_stop).trim(), replace(hull, q_start=b.q_start).trim()) == (a, b):
@@ -175,7 +212,7 @@ def _hulls(a: Tile, b: Tile) -> list[Tile]:
     """Every tile over both whose bounds are those of one of them."""
     bounds = [(lower, upper) for lower in {a.lower, b.lower} for upper in {a.upper, b.upper}]
     k_start, k_stop = min(a.k_start, b.k_start), max(a.k_stop, b.k_stop)
-    return [Tile(a.q_start, b.q_stop, k_start, k_stop, lower, upper) for lower, upper in bounds]
+    return [Tile(a.q_start, b.q_stop, k_start, k_stop, lower, upper, a.batch) for lower, upper in bounds]
 
 
 def union(ranges: Iterable[Range]) -> tuple[Range, ...]:

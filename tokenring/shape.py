@@ -34,8 +34,8 @@ class AttentionShape:
                 "lengths must be 0 or more, the dtype a floating one"
             )
 
-    def row_bytes(self, what: str, partial: torch.dtype | None = None) -> int:
-        """Bytes of one row of all batch entries on the wire, for each `what` of a Slot.
+    def head_bytes(self, what: str, partial: torch.dtype | None = None) -> int:
+        """Bytes of one head of one row, of all batch entries, on the wire, for each `what` of a Slot.
 
         q, k, v, out and do go in the input's dtype, lse and delta in float32 (float64 for float64), partial
         gradients in `partial` (the input's dtype where not given).
@@ -43,13 +43,13 @@ class AttentionShape:
         size, wide = self.dtype.itemsize, 8 if self.dtype == torch.float64 else 4
         part = size if partial is None else partial.itemsize
         v_dim = self.head_dim if self.v_head_dim is None else self.v_head_dim
-        both = self.kv_heads * (self.head_dim + v_dim)
+        both = self.head_dim + v_dim
         one_entry = {
-            "q": self.q_heads * self.head_dim * size,
+            "q": self.head_dim * size,
             "kv": both * size,
-            "out": self.q_heads * (v_dim * size + wide),
-            "qd": self.q_heads * ((self.head_dim + v_dim) * size + 2 * wide),
-            "dq": self.q_heads * self.head_dim * part,
+            "out": v_dim * size + wide,
+            "qd": both * size + 2 * wide,
+            "dq": self.head_dim * part,
             "dkv": both * part,
         }
         return self.batch * one_entry[what]

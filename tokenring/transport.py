@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-LANES = 2
+LANES = 3
 DEFAULT_TIMEOUT_SECONDS = 300.0
 
 Message = tuple[int, Tensor]
@@ -48,6 +48,7 @@ class Event:
     """One thing a rank did, in seconds of `time.perf_counter()`.
 
     kind: compute, merge, wait (nothing else could be done), or send (under way: from its posting to the end of the wait for it).
+    kernel: the name of the kernel that computed.
     """
 
     kind: str
@@ -56,6 +57,7 @@ class Event:
     step: int = 0
     peer: int = -1
     bytes: int = 0
+    kernel: str = ""
 
 
 @dataclass

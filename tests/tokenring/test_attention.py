@@ -198,8 +198,8 @@ BAD_CALLS = {
         r"one of auto, ring, biring, tokenring, gather",
     ),
     "backward": (
-        lambda q, k, v: tr.attention(q, k, v, backward_schedule="ring"),
-        r"one of auto, ring:direct, biring, tokenring, gather",
+        lambda q, k, v: tr.attention(q, k, v, backward_schedule="rings"),
+        r"one of auto, ring, ring:direct, biring, tokenring, gather",
     ),
     "kernel": (lambda q, k, v: tr.attention(q, k, v, kernel="magic"), r"one of auto, cpu_flash, reference"),
     "kernel limits": (lambda q, k, v: tr.attention(q, k, v, kernel="cpu_flash", softcap=1.0), r"has no softcap"),

@@ -21,13 +21,13 @@ def positions(runs: list[Segment]) -> torch.Tensor:
 @given(RUNS, RUNS, BOUND, BOUND)
 @with_settings(max_examples=400)
 def test_tiles_hold_every_allowed_pair_once(q: list, k: list, lower: int | None, upper: int | None) -> None:
-    mask = tr.Mask(lower, upper)
+    mask = tr.Mask.band(lower, upper)
     allowed = mask.dense(positions(q), positions(k))
     found = torch.zeros_like(allowed, dtype=torch.int64)
     for tile in mask.tiles(q, k):
         assert tile.trim() == tile
         rows, keys = torch.arange(tile.q_start, tile.q_stop), torch.arange(tile.k_start, tile.k_stop)
-        inside = tr.Mask(tile.lower, tile.upper).dense(rows, keys)
+        inside = tr.Mask.band(tile.lower, tile.upper).dense(rows, keys)
         found[tile.q_start : tile.q_stop, tile.k_start : tile.k_stop] += inside
     assert torch.equal(found, allowed.long())
 

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 import tokenring as tr
 from tokenring.check import PlanError
-from tokenring.plan import Plan, Problem, Step
+from tokenring.plan import Plan
+from tokenring.problem import Problem
 from tokenring.segments import Segment, Tile, band_tile, fuse, union
+from tokenring.step import Step
 
 BATCH, HEADS, KV_HEADS, DIM, WORLD, LENGTH = 2, 8, 2, 16, 4, 64
 Q = BATCH * (LENGTH // WORLD) * HEADS * DIM * 2
@@ -149,7 +151,8 @@ def forget_merge(steps: list[Step], rank: int) -> list[Step]:
 
 
 def compute_early(steps: list[Step], rank: int) -> list[Step]:
-    return [replace(steps[0], computes=steps[0].computes + steps[1].computes), *steps[1:]] if rank == 0 else steps
+    moved = replace(steps[0], computes=steps[0].computes + steps[2].computes)
+    return [moved, steps[1], replace(steps[2], computes=()), *steps[3:]] if rank == 0 else steps
 
 
 def turn_step_round(steps: list[Step], rank: int) -> list[Step]:
@@ -161,8 +164,8 @@ DAMAGE = {
     "compute dropped": (drop_compute, "never computed"),
     "computed twice": (compute_twice, "computed twice"),
     "band forgotten": (forget_band, "the mask forbids"),
-    "merged twice": (merge_twice, "not merged exactly once"),
-    "merge forgotten": (forget_merge, "not merged exactly once"),
+    "merged twice": (merge_twice, "not used exactly once"),
+    "merge forgotten": (forget_merge, "not used exactly once"),
     "computed before arrival": (compute_early, "computes on"),
     "steps swapped on one rank": (turn_step_round, "but not"),
 }
@@ -189,7 +192,7 @@ def test_check_finds_a_partial_that_never_goes_home() -> None:
 
         return [stays(step, index == 0) for index, step in enumerate(steps)]
 
-    with pytest.raises(PlanError, match="not merged exactly once"):
+    with pytest.raises(PlanError, match="not used exactly once"):
         damaged("tokenring", keep).check()
 
 
@@ -271,9 +274,9 @@ def test_plan_arguments_are_refused_by_name() -> None:
     ):
         tr.plan("ring", world=1, shape=shape, layout="zigzag", direction="sideways")
     with pytest.raises(
-        ValueError, match="backward_schedule is 'ring'; give one of auto, ring:direct, biring, tokenring, gather"
+        ValueError, match="backward_schedule is 'rings'; give one of auto, ring, ring:direct, biring, tokenring, gather"
     ):
-        tr.plan("ring", world=1, shape=shape, layout="zigzag", direction="backward")
+        tr.plan("rings", world=1, shape=shape, layout="zigzag", direction="backward")
     with pytest.raises(ValueError, match="layout cuts 8 positions over 2 ranks; the shape has 7"):
         tr.plan("ring", world=2, shape=shape, layout=tr.Layout.zigzag(8, 2))
     with pytest.raises(ValueError, match="ranks 0 to 0"):
@@ -289,5 +292,5 @@ def test_plan_arguments_are_refused_by_name() -> None:
 
 
 def test_float64_lse_counts_eight_bytes() -> None:
-    assert tr.AttentionShape(1, 4, 4, 2, 1, 8, 6, torch.float64).row_bytes("out") == 2 * (6 * 8 + 8)
-    assert tr.AttentionShape(1, 4, 4, 2, 1, 8, 6, torch.float16).row_bytes("kv") == (8 + 6) * 2
+    assert tr.AttentionShape(1, 4, 4, 2, 1, 8, 6, torch.float64).head_bytes("out") == 6 * 8 + 8
+    assert tr.AttentionShape(1, 4, 4, 2, 1, 8, 6, torch.float16).head_bytes("kv") == (8 + 6) * 2

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenring.merge import accumulator_dtype, merge_
-from tokenring.segments import Tile
+from tokenring.segments import Tile, union
 
 
 class BlockKernel(ABC):
@@ -68,20 +68,29 @@ class BlockKernel(ABC):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of query rows `rows` and key rows `keys` over all tiles; what no tile holds gives zeros."""
         with torch.autocast(queries[0].device.type, enabled=False):
+            if len(tiles) == 1 and tiles[0].batch is None and tiles[0].spans(rows, keys):
+                return self._tile_backward(queries, kv, tiles[0], scale, softcap)
             dtype = accumulator_dtype(queries[0].dtype)
             dq = torch.zeros_like(queries[0][:, slice(*rows)], dtype=dtype)
             dk, dv = (torch.zeros_like(x[:, slice(*keys)], dtype=dtype) for x in kv)
             for tile in tiles:
-                corner = tile.shift(-tile.q_start, -tile.k_start)
-                q_rows, k_rows = slice(tile.q_start, tile.q_stop), slice(tile.k_start, tile.k_stop)
-                q, do, lse, delta = queries
-                mine = (q[:, q_rows], do[:, q_rows], lse[:, :, q_rows], delta[:, :, q_rows])
-                k, v = (x[:, k_rows] for x in kv)
-                parts = self.block_backward(mine, k, v, corner.lower, corner.upper, scale, softcap)
-                dq[:, tile.q_start - rows[0] : tile.q_stop - rows[0]] += parts[0]
-                dk[:, tile.k_start - keys[0] : tile.k_stop - keys[0]] += parts[1]
-                dv[:, tile.k_start - keys[0] : tile.k_stop - keys[0]] += parts[2]
+                batch = slice(None) if tile.batch is None else slice(*tile.batch)
+                parts = self._tile_backward(queries, kv, tile, scale, softcap)
+                dq[batch, tile.q_start - rows[0] : tile.q_stop - rows[0]] += parts[0]
+                dk[batch, tile.k_start - keys[0] : tile.k_stop - keys[0]] += parts[1]
+                dv[batch, tile.k_start - keys[0] : tile.k_stop - keys[0]] += parts[2]
         return dq, dk, dv
+
+    def _tile_backward(
+        self, queries: tuple[Tensor, ...], kv: tuple[Tensor, ...], tile: Tile, scale: float, softcap: float | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        corner = tile.shift(-tile.q_start, -tile.k_start)
+        batch = slice(None) if tile.batch is None else slice(*tile.batch)
+        q_rows, k_rows = slice(tile.q_start, tile.q_stop), slice(tile.k_start, tile.k_stop)
+        q, do, lse, delta = queries
+        mine = (q[batch, q_rows], do[batch, q_rows], lse[batch, :, q_rows], delta[batch, :, q_rows])
+        k, v = (x[batch, k_rows] for x in kv)
+        return self.block_backward(mine, k, v, corner.lower, corner.upper, scale, softcap)
 
     def forward(
         self,
@@ -109,22 +118,29 @@ class BlockKernel(ABC):
         softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
         first, last = rows
-        if len(tiles) == 1 and (tiles[0].q_start, tiles[0].q_stop) == rows:
+        if len(tiles) == 1 and tiles[0].batch is None and (tiles[0].q_start, tiles[0].q_stop) == rows:
             return self._tile(q, k, v, tiles[0], scale, softcap)
         dtype = accumulator_dtype(q.dtype)
         out = torch.zeros(q.shape[0], last - first, q.shape[2], v.shape[3], dtype=dtype, device=q.device)
         lse = torch.full((q.shape[0], q.shape[2], last - first), -torch.inf, dtype=dtype, device=q.device)
+        written: dict[tuple[int, int] | None, tuple[tuple[int, int], ...]] = {}
         for tile in tiles:
-            part_out, part_lse = self._tile(q, k, v, tile, scale, softcap)
+            batch = slice(None) if tile.batch is None else slice(*tile.batch)
             here = slice(tile.q_start - first, tile.q_stop - first)
-            merge_(out[:, here], lse[:, :, here], part_out, part_lse)
+            part_out, part_lse = self._tile(q, k, v, tile, scale, softcap)
+            before = written.get(tile.batch, ())
+            if any(a < tile.q_stop and tile.q_start < b for a, b in before):
+                merge_(out[batch, here], lse[batch, :, here], part_out, part_lse)
+            else:
+                out[batch, here] = part_out.to(dtype)
+                lse[batch, :, here] = part_lse
+            written[tile.batch] = union((*before, (tile.q_start, tile.q_stop)))
         return out, lse
 
     def _tile(
         self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
         corner = tile.shift(-tile.q_start, -tile.k_start)
-        keys = slice(tile.k_start, tile.k_stop)
-        return self.block(
-            q[:, tile.q_start : tile.q_stop], k[:, keys], v[:, keys], corner.lower, corner.upper, scale, softcap
-        )
+        batch = slice(None) if tile.batch is None else slice(*tile.batch)
+        queries, keys = q[batch, tile.q_start : tile.q_stop], slice(tile.k_start, tile.k_stop)
+        return self.block(queries, k[batch, keys], v[batch, keys], corner.lower, corner.upper, scale, softcap)

@@ -11,9 +11,10 @@ Sent per rank, full mask: (N-1) KV, half each way; backward as much again for dk
 
 from __future__ import annotations
 
-from tokenring.plan import Problem, Slot, Step, Transfer
+from tokenring.problem import Problem
 from tokenring.schedules.paths import attend, block, carried
 from tokenring.schedules.returns import Returns, key_returns
+from tokenring.step import Slot, Step, Transfer
 
 HALVES = (("a", 1), ("b", -1))
 """Name and way of the first and the second half."""
@@ -46,7 +47,7 @@ def biring(problem: Problem, rank: int) -> tuple[Step, ...]:
             )
         )
         held, home = arriving, tuple(s.name for s in back.slots)
-    return (*steps, Step(merges=home)) if home else tuple(steps)
+    return (*steps, Step(merges=home))
 
 
 def _move(problem: Problem, rank: int, t: int, half: int) -> tuple[Transfer | None, Transfer | None, Slot]:
@@ -56,8 +57,8 @@ def _move(problem: Problem, rank: int, t: int, half: int) -> tuple[Transfer | No
     ahead, behind = (rank + way) % world, (rank - way) % world
     source, target = ("kv" if t == 0 else f"kv{t}{name}"), f"kv{t + 1}{name}"
     owner, coming = (rank - way * t) % world, (behind - way * t) % world
-    leaving = block("kv", target, owner, carried(problem, "kv", owner, way, half)[t + 1])
-    arriving = block("kv", target, coming, carried(problem, "kv", coming, way, half)[t + 1])
+    leaving = block("kv", target, owner, carried(problem, "kv", owner, way, t + 1, half))
+    arriving = block("kv", target, coming, carried(problem, "kv", coming, way, t + 1, half))
     out = Transfer(rank, ahead, "kv", leaving.pieces, source, target) if leaving.rows else None
     into = Transfer(behind, rank, "kv", arriving.pieces, source, target) if arriving.rows else None
     return out, into, arriving

@@ -8,16 +8,18 @@ Sent per rank, full mask: (N-1) KV, in one step, backward (N-1) (KV + dKV); the 
 
 from __future__ import annotations
 
-from tokenring.plan import Piece, Problem, Slot, Step, Transfer, pieces
-from tokenring.schedules.paths import attend, wanted
+from tokenring.problem import Problem
+from tokenring.schedules.paths import attend, in_order, wanted
 from tokenring.schedules.returns import key_returns
+from tokenring.step import Slot, Step, Transfer, pieces
 
 
 def gather(problem: Problem, rank: int) -> tuple[Step, ...]:
     """One rank's steps: exchange beside the own block, then everything else."""
     peers = [p for p in range(problem.world) if p != rank]
     queries, own = problem.own("q", rank), problem.own("kv", rank)
-    workspace = Slot("kv:all", "kv", _in_order(problem, rank, peers))
+    blocks = (piece for p in peers for piece in pieces(p, wanted(problem, "kv", p, rank)))
+    workspace = Slot("kv:all", "kv", in_order(problem, "kv", tuple(blocks)))
     sends = tuple(
         Transfer(rank, p, "kv", pieces(rank, rows), "kv", "kv:all")
         for p in peers
@@ -43,23 +45,6 @@ def gather(problem: Problem, rank: int) -> tuple[Step, ...]:
             merges=first.merges,
         )
     ]
-    if far or second.receives:
-        back = ((), second.sends), ((), second.receives)
-        steps.append(Step(*back, slots=second.slots, computes=(far,) if far else (), merges=second.merges))
-    if second.slots:
-        steps.append(Step(merges=tuple(s.name for s in second.slots)))
-    return tuple(steps)
-
-
-def _in_order(problem: Problem, rank: int, peers: list[int]) -> tuple[Piece, ...]:
-    """What the peers send, cut at their runs and sorted by position."""
-    found: list[tuple[int, Piece]] = []
-    for peer in peers:
-        for start, stop in wanted(problem, "kv", peer, rank):
-            row = 0
-            for run in problem.kv_layout.segments(peer):
-                first, last = max(start, row), min(stop, row + run.count)
-                if first < last:
-                    found.append((run.start + (first - row) * run.stride, Piece(peer, first, last)))
-                row += run.count
-    return tuple(piece for _, piece in sorted(found, key=lambda item: item[0]))
+    back = ((), second.sends), ((), second.receives)
+    steps.append(Step(*back, slots=second.slots, computes=(far,) if far else (), merges=second.merges))
+    return (*steps, Step(merges=tuple(s.name for s in second.slots)))

@@ -11,8 +11,9 @@ Sent per rank, full mask: forward (N-1) (Q + O + L), backward (N-1) (2Q + 2L + d
 
 from __future__ import annotations
 
-from tokenring.plan import Problem, Slot, Step, Transfer
+from tokenring.problem import Problem
 from tokenring.schedules.paths import attend, block, carried, direction, wanted
+from tokenring.step import Slot, Step, Transfer
 
 
 def tokenring(problem: Problem, rank: int) -> tuple[Step, ...]:
@@ -25,8 +26,8 @@ def tokenring(problem: Problem, rank: int) -> tuple[Step, ...]:
         owner, coming = (rank - way * t) % world, (left - way * t) % world
         arriving, out_now, in_now = Slot(f"q{t + 1}", held.what, ()), (), ()
         if t < world - 1:
-            leaving = block(held.what, f"q{t + 1}", owner, carried(problem, "q", owner, way)[t + 1])
-            arriving = block(held.what, f"q{t + 1}", coming, carried(problem, "q", coming, way)[t + 1])
+            leaving = block(held.what, f"q{t + 1}", owner, carried(problem, "q", owner, way, t + 1))
+            arriving = block(held.what, f"q{t + 1}", coming, carried(problem, "q", coming, way, t + 1))
             if leaving.rows:
                 out_now = (Transfer(rank, right, held.what, leaving.pieces, held.name, leaving.name),)
             if arriving.rows:
@@ -53,4 +54,4 @@ def tokenring(problem: Problem, rank: int) -> tuple[Step, ...]:
             )
         )
         held, home = arriving, tuple(s.name for s in landing)
-    return (*steps, Step(merges=home)) if home else tuple(steps)
+    return (*steps, Step(merges=home))

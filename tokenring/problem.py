@@ -1,0 +1,74 @@
+"""What a schedule is given: who holds which positions, which pairs count, how many heads there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tokenring.layout import Layout
+from tokenring.mask import Mask
+from tokenring.segments import Range, Segment, Tile
+from tokenring.step import Piece, Slot
+
+QUERY_KINDS = ("q", "qd", "out", "dq")
+"""Kinds of slots whose rows are queries and whose heads are query heads."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The input of every schedule; hashable."""
+
+    world: int
+    q_layout: Layout
+    kv_layout: Layout
+    mask: Mask
+    direction: str = "forward"
+    q_heads: int = 1
+    kv_heads: int = 1
+
+    @property
+    def backward(self) -> bool:
+        return self.direction == "backward"
+
+    @property
+    def queries(self) -> str:
+        """What travels of queries: "q" forward, "qd" (q, do, lse, delta) backward."""
+        return "qd" if self.backward else "q"
+
+    @property
+    def query_result(self) -> str:
+        """What a compute gives for queries: "out" forward, "dq" backward."""
+        return "dq" if self.backward else "out"
+
+    def layout(self, what: str) -> Layout:
+        """The layout of a kind of rows."""
+        return self.q_layout if what in QUERY_KINDS else self.kv_layout
+
+    def key_heads(self, heads: Range | None) -> Range | None:
+        """The key heads that some query heads belong to."""
+        if heads is None:
+            return None
+        group = self.q_heads // self.kv_heads
+        return heads[0] // group, -(-heads[1] // group)
+
+    def segments(self, what: str, pieces: Iterable[Piece]) -> list[Segment]:
+        """The position runs of pieces, in order."""
+        layout = self.layout(what)
+        result: list[Segment] = []
+        for piece in pieces:
+            row = 0
+            for run in layout.segments(piece.owner):
+                first, last = max(piece.start, row), min(piece.stop, row + run.count)
+                if first < last:
+                    result.append(run.cut(first - row, last - row))
+                row += run.count
+        return result
+
+    def tiles(self, q: Iterable[Piece], kv: Iterable[Piece]) -> tuple[Tile, ...]:
+        """The tiles of a query slot against a key slot."""
+        return self.mask.tiles(self.segments("q", q), self.segments("kv", kv))
+
+    def own(self, what: str, rank: int) -> Slot:
+        """A rank's own rows ("q" or "kv"), as the slot every plan starts with."""
+        kind = self.queries if what == "q" else what
+        return Slot(what, kind, (Piece(rank, 0, self.layout(what).length(rank)),))
