@@ -18,7 +18,10 @@ from typing import ClassVar
 from launch.errors import ConfigError
 from launch.section import Section, option
 
-SCHEDULES = ("auto", "ring", "biring", "tokenring", "gather")
+SCHEDULES = (
+    *("auto", "ring", "biring", "tokenring", "gather"),
+    *("mesh:AxB", "ulysses", "usp:UxR", "hybrid:OUTER/INNER@SIZE"),
+)
 LAYOUTS = ("zigzag", "contiguous")
 DTYPES = ("float32", "bfloat16", "float16")
 ENGINES = ("torchrun", "ray", "mpi")
@@ -105,7 +108,8 @@ class AttentionConfig(Section):
     kind: str = option("--attention", "exact")
     """Only `exact` (dense attention) so far."""
     schedule: str = option("--schedule", "auto")
-    """How keys, values and queries travel: auto, ring, biring, tokenring or gather."""
+    """How keys, values and queries travel: auto, ring, biring, tokenring, gather, mesh:AxB, ulysses, usp:UxR or
+    hybrid:OUTER/INNER@SIZE; the numbers must multiply to the ranks."""
     layout: str = option("--layout", "zigzag")
     """Which rows each rank holds: zigzag (balanced under a causal mask) or contiguous."""
 
@@ -114,7 +118,8 @@ class AttentionConfig(Section):
         if self.kind == "anchor":
             raise self.refuse("kind", "sparse prefill across ranks is not built yet; use exact")
         self.one_of("kind", ("exact",))
-        self.one_of("schedule", SCHEDULES)
+        if self.schedule.partition(":")[0] not in {name.partition(":")[0] for name in SCHEDULES}:
+            raise self.refuse("schedule", f"it must be one of {', '.join(SCHEDULES)}")
         self.one_of("layout", LAYOUTS)
 
 

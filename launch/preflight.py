@@ -16,6 +16,7 @@ from launch.models.base import VisualPlan
 from launch.video import FramePlan, join, plan_frames
 from launch.watch import Windows
 from token_reduction import Budget, Reducer, build, parse
+from tokenring.choose import check_name
 
 CLIP = "clip:"
 
@@ -35,6 +36,7 @@ def preflight(config: RunConfig) -> Preflight:
     Raises:
         ValueError: one line that says what was given, what is allowed and how to mend it.
     """
+    check_name(config.attention.schedule, config.engine.nproc, backward=False)
     method, budget = method_of(config.reduce)
     frames = planned_frames(config.video)
     if check(config.model.source) != "demo":

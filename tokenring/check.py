@@ -9,6 +9,7 @@ live      with every lane a first-in-first-out queue of grouped exchanges (NCCL'
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ def _every_head(plan: Plan, q_owner: int, k_owner: int, tiles: list[tuple[Tile, 
     """Pairs of one head; every head has the same."""
     edges = sorted({0, plan.problem.q_heads, *(edge for _, heads in tiles for edge in heads)})
     pairs = 0
-    for first, last in zip(edges, edges[1:]):
+    for first, last in itertools.pairwise(edges):
         some = [tile for tile, heads in tiles if heads[0] <= first and last <= heads[1]]
         pairs = _exactly_once(plan, q_owner, k_owner, some)
     return pairs

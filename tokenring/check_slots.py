@@ -10,6 +10,7 @@ used      every row and head of a partial is used once: sent on, copied, summed,
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -166,7 +167,7 @@ class _Player:
         """Whether the regions are the slot's rows x heads, each once."""
         whole = self._heads(slot)
         edges = sorted({*whole, *(edge for _, heads in regions if heads is not None for edge in heads)})
-        for first, last in zip(edges, edges[1:]):
+        for first, last in itertools.pairwise(edges):
             ranges = [r for rows, heads in regions if heads is None or _within((first, last), heads) for r in rows]
             if rows_in(ranges) != slot.rows or rows_in(union(ranges)) != slot.rows:
                 return False

@@ -1,4 +1,4 @@
-"""Runs a plan on one rank, forward or backward: operation by operation, as `tokenring.program` orders them.
+"""Runs a plan on one rank, forward or backward: operation by operation, in the order of `program.py`.
 
 It knows slots, lanes and verbs, and no schedule by name. Receives always precede the sends of their step, because on a shared
 connection a receive's ready message would queue behind bulk data.

@@ -174,9 +174,7 @@ def fuse(tiles: Iterable[Tile]) -> tuple[Tile, ...]:
     (Tile(q_start=0, q_stop=4, k_start=0, k_stop=4, lower=None, upper=0, batch=None),)
     """
     by_keys = _joined(sorted(tiles, key=lambda t: (t.batch or (0, 0), t.q_start, t.q_stop, t.k_start)), _along_keys)
-    return tuple(
-        _joined(sorted(by_keys, key=lambda t: (t.batch or (0, 0), t.k_start, t.q_start)), _along_queries)
-    )
+    return tuple(_joined(sorted(by_keys, key=lambda t: (t.batch or (0, 0), t.k_start, t.q_start)), _along_queries))
 
 
 def _joined(tiles: list[Tile], join_pair: Callable[[Tile, Tile], Tile | None]) -> list[Tile]:

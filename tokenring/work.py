@@ -167,8 +167,7 @@ class BackwardWork(Work):
         q, k, v = self.inputs["q"][0], *self.inputs["kv"]
         if slot.what == "qd":
             return tuple(
-                _like(t, slot, rows, heads)
-                for t, rows, heads in zip(self.inputs["q"], ROW_DIMS["qd"], HEAD_DIMS["qd"])
+                _like(t, slot, rows, heads) for t, rows, heads in zip(self.inputs["q"], ROW_DIMS["qd"], HEAD_DIMS["qd"])
             )
         if slot.what == "kv":
             return tuple(_like(t, slot) for t in (k, v))

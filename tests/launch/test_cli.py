@@ -57,7 +57,7 @@ def complaint(capfd):
         (["a.mp4", "--nprocs", "2"], ["--nprocs"]),
         (["a.mp4", "--prompt"], ["--prompt"]),
         (["a.mp4", "--attention", "anchor"], ["anchor", "exact"]),
-        (["a.mp4", "--schedule", "rings"], ["rings", "auto, ring, biring, tokenring, gather"]),
+        (["a.mp4", "--schedule", "rings"], ["rings", "auto, ring, biring, tokenring, gather, mesh:AxB"]),
         (["a.mp4", "--engine", "slurm"], ["slurm", "torchrun, ray, mpi"]),
         (["a.mp4", "--top-k", "4"], ["top_k", "temperature"]),
         (["a.mp4", "--fps", "2", "--frames", "4"], ["choose one"]),

@@ -7,6 +7,7 @@ import pytest
 from launch import settings
 from launch.config import (
     SECTIONS,
+    AttentionConfig,
     EngineConfig,
     GenerateConfig,
     OutputConfig,
@@ -114,7 +115,7 @@ def test_set_reads_a_value_in_the_type_of_its_field(text, expected):
         ("reduce.window=0", ["reduce.window"]),
         ("attention.kind=anchor", ["anchor", "exact"]),
         ("attention.kind=flash", ["exact"]),
-        ("attention.schedule=rings", ["auto, ring, biring, tokenring, gather"]),
+        ("attention.schedule=rings", ["auto, ring, biring, tokenring, gather, mesh:AxB"]),
         ("attention.layout=striped", ["zigzag, contiguous"]),
         ("generate.max_new_tokens=0", ["generate.max_new_tokens"]),
         ("generate.temperature=-1", ["generate.temperature"]),
@@ -175,3 +176,15 @@ def test_python_callers_get_the_same_checks():
         VideoConfig()
     with pytest.raises(ConfigError, match="list of names"):
         VideoConfig(paths="clip.mp4")
+
+
+def test_a_schedule_that_does_not_fit_the_ranks_is_refused_before_they_start() -> None:
+    from launch.preflight import preflight
+
+    config = RunConfig(
+        video=VideoConfig(paths=("clip:bigbuckbunny",), frames=4),
+        attention=AttentionConfig(schedule="mesh:2x3"),
+        engine=EngineConfig(nproc=4),
+    )
+    with pytest.raises(ValueError, match="'mesh:2x3' is for 6 ranks, there are 4"):
+        preflight(config)

@@ -124,7 +124,11 @@ DAMAGE = {
     ),
     "queries as keys": ("ring", lambda steps, rank: with_first_compute(steps, kv="q"), "must be out of q and kv"),
     "order turned round": ("gather", transfers_changed(in_halves, in_halves_turned_round), "in another order"),
-    "half sent twice": ("gather", transfers_changed(first_half_twice, first_half_twice), "has 48 rows; .* arrive on lanes"),
+    "half sent twice": (
+        "gather",
+        transfers_changed(first_half_twice, first_half_twice),
+        "has 48 rows; .* arrive on lanes",
+    ),
     "wrong kind": ("ring", transfers_changed(renamed, renamed), "or slot kv1 holds kv"),
     "nothing sent": ("ring", transfers_changed(and_nothing, and_nothing), "moves no rows"),
     "name filled again": ("ring", reuse_one_name, "slot buffer is filled again"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import cycle
+from itertools import cycle, pairwise
 from typing import Any
 
 import pytest
@@ -25,9 +25,7 @@ def attend_and_differentiate(
     leaves = [cut.shard(x, rank).detach().requires_grad_() for cut, x in zip(cuts, qkv)]
     kv_layout = None if cuts[0] is cuts[1] else cuts[1]
     with tr.count_traffic(group) as forward:
-        out, lse = tr.attention(
-            *leaves, group=group, layout=cuts[0], kv_layout=kv_layout, return_lse=True, **options
-        )
+        out, lse = tr.attention(*leaves, group=group, layout=cuts[0], kv_layout=kv_layout, return_lse=True, **options)
     with tr.count_traffic(group) as backward:
         grads = torch.autograd.grad(out, leaves, cuts[0].shard(grad, rank))
     sent = tuple({peer: size for (_, peer), size in traffic.sent.items()} for traffic in (forward, backward))
@@ -51,7 +49,7 @@ def assert_all_close(results: list, expected: tuple, cuts: tuple, what: str) -> 
         ):
             difference = f"{what}, rank {rank}: {name}"
             torch.testing.assert_close(
-                got, cut.shard(want, rank, dim), rtol=0, atol=1e-12, msg=lambda m: f"{difference}\n{m}"
+                got, cut.shard(want, rank, dim), rtol=0, atol=1e-12, msg=lambda m, d=difference: f"{d}\n{m}"
             )
 
 
@@ -70,7 +68,9 @@ def test_values_and_gradients_of_every_schedule_equal_dense_attention(world: int
         options = {"mask": mask, "schedule": name, "backward_schedule": backward}
         results = tr.run_local(world, attend_and_differentiate, qkv, grad, (layout, layout, layout), options)
         expected = expected_values(qkv, grad, mask.dense(positions, positions))
-        assert_all_close(results, expected, (layout, layout), f"{name}, {backward}, {kind}, {layout.name}, {q_heads}:{kv_heads}")
+        assert_all_close(
+            results, expected, (layout, layout), f"{name}, {backward}, {kind}, {layout.name}, {q_heads}:{kv_heads}"
+        )
 
 
 @pytest.mark.parametrize("world", range(1, 9))
@@ -102,9 +102,7 @@ def test_processes_send_just_the_planned_bytes(pool: Pool, world: int) -> None:
         results = pool.run(world, attend_and_differentiate, qkv, grad, (layout, layout, layout), options)
         assert_all_close(results, expected, (layout, layout), f"{name}, {backward}")
         for side, (schedule, direction) in enumerate(((name, "forward"), (backward, "backward")), start=1):
-            plan = tr.plan(
-                schedule, world=world, shape=shape, layout=layout, mask=mask, direction=direction
-            )
+            plan = tr.plan(schedule, world=world, shape=shape, layout=layout, mask=mask, direction=direction)
             for rank, result in enumerate(results):
                 planned = {d: plan.bytes_sent(rank, d) for d in range(world) if plan.bytes_sent(rank, d)}
                 assert result[side] == planned, (schedule, direction, rank)
@@ -116,7 +114,7 @@ def test_packed_queries_and_keys_of_other_lengths(world: int) -> None:
     cu, kv_cu = [0, 4, 4, 11, 13], [0, 9, 12, 19, 20]
     mask = tr.Mask.documents(torch.tensor(cu), kv_cu)
     allowed = torch.zeros(13, 20, dtype=torch.bool)
-    for (a, b), (c, d) in zip(zip(cu, cu[1:]), zip(kv_cu, kv_cu[1:])):
+    for (a, b), (c, d) in zip(pairwise(cu), pairwise(kv_cu)):
         allowed[a:b, c:d] = torch.ones(b - a, d - c).tril(d - c - (b - a)).bool()
     assert torch.equal(mask.dense(torch.arange(13), torch.arange(20)), allowed)
     qkv = random_qkv(1, 13, 4, 2, 4, torch.float64, kv_length=20, v_dim=6)
@@ -125,7 +123,5 @@ def test_packed_queries_and_keys_of_other_lengths(world: int) -> None:
     expected = expected_values(qkv, grad, allowed)
     for name in schedule_names(world):
         options = {"mask": mask, "schedule": name, "backward_schedule": name}
-        results = tr.run_local(
-            world, attend_and_differentiate, qkv, grad, (q_layout, kv_layout, kv_layout), options
-        )
+        results = tr.run_local(world, attend_and_differentiate, qkv, grad, (q_layout, kv_layout, kv_layout), options)
         assert_all_close(results, expected, (q_layout, kv_layout), name)

@@ -20,7 +20,11 @@ from tokenring.schedules.usp import Usp
 
 FORWARD: dict[str, Builder] = {"ring": ring, "biring": biring, "tokenring": tokenring, "gather": gather}
 
-BACKWARD: dict[str, Builder] = {"ring": ring_riding, "ring:direct": ring, **{k: v for k, v in FORWARD.items() if k != "ring"}}
+BACKWARD: dict[str, Builder] = {
+    "ring": ring_riding,
+    "ring:direct": ring,
+    **{k: v for k, v in FORWARD.items() if k != "ring"},
+}
 
 SHAPED = ("mesh:AxB", "ulysses", "usp:UxR", "hybrid:OUTER/INNER@SIZE")
 """Schedules in both directions that need the world, or numbers that divide it."""
@@ -43,7 +47,9 @@ def builder(name: str, world: int, backward: bool = False) -> Builder:
     if found := re.fullmatch(r"(mesh|usp):(\d+)x(\d+)", name):
         a, b = int(found[2]), int(found[3])
         if a * b != world:
-            raise ValueError(f"schedule {name!r} is for {a * b} ranks, there are {world}; the numbers must multiply to that")
+            raise ValueError(
+                f"schedule {name!r} is for {a * b} ranks, there are {world}; the numbers must multiply to that"
+            )
         return Mesh(a, b) if found[1] == "mesh" else Usp(a, b)
     if found := re.fullmatch(r"hybrid:([^/@]+)/([^@]+)@(\d+)", name):
         return _hybrid(name, *found.groups(), world, backward)

@@ -18,9 +18,10 @@ from functools import lru_cache
 
 from tokenring.layout import Layout
 from tokenring.problem import QUERY_KINDS, Problem
+from tokenring.schedules.inside import Renaming, beside
 from tokenring.schedules.paths import Rows, block, wanted_by
 from tokenring.segments import rows_in
-from tokenring.step import LANES, Compute, Exchange, Piece, Slot, Step, Sum, Transfer, cut
+from tokenring.step import Piece, Slot, Step, Sum, Transfer, cut
 
 MOVING = {"ring": "kv", "tokenring": "q"}
 """What each outer schedule moves between nodes."""
@@ -54,9 +55,9 @@ class _Hybrid:
         for t in range(self.nodes):
             *body, end, sources = self._round(t)
             late[len(steps) + 1] = tuple(s.name for s in tail.slots if s.name.startswith("back"))
-            steps.append(_beside(_beside(tail, body[0]), self._outer(t)))
+            steps.append(beside(beside(tail, body[0]), self._outer(t)))
             steps += body[1:]
-            tail = _beside(end, self._home(t, sources))
+            tail = beside(end, self._home(t, sources))
         late[len(steps) + 1] = tuple(s.name for s in tail.slots if s.name.startswith("back"))
         steps += [tail, Step()]
         return tuple(replace(step, merges=step.merges + late.get(i, ())) for i, step in enumerate(steps))
@@ -94,34 +95,13 @@ class _Hybrid:
         slots += [total.target for step in steps for total in step.sums]
         kinds = {s.name: s.what for s in slots}
         came = [name for step in steps for name in step.merges if t and kinds[name] == self.result]
-        renamed = [self._renamed(step, t, set(came)) for step in steps]
-        return (*renamed, tuple(self._inner_name(name, t) for name in came))
-
-    def _renamed(self, step: Step, t: int, came: set[str]) -> Step:
-        def slot(s: Slot) -> Slot:
-            return replace(s, name=self._inner_name(s.name, t), pieces=self._pieces(s.what, s.pieces, t))
-
-        def transfer(x: Transfer) -> Transfer:
-            names = (self._inner_name(x.source_slot, t), self._inner_name(x.destination_slot, t))
-            ends = (self.node * self.size + x.source, self.node * self.size + x.destination)
-            return Transfer(*ends, x.what, self._pieces(x.what, x.pieces, t), *names, x.heads)
-
-        def compute(c: Compute) -> Compute:
-            sides = (self._inner_name(c.q, t), self._inner_name(c.kv, t))
-            return Compute(*sides, tuple(map(slot, c.results)), c.tiles, c.heads)
-
-        def exchange(lanes: Exchange) -> Exchange:
-            return tuple(tuple(map(transfer, lane)) for lane in lanes)
-
-        return Step(
-            exchange(step.sends),
-            exchange(step.receives),
-            tuple(map(slot, step.slots)),
-            tuple(map(transfer, step.copies)),
-            tuple(map(compute, step.computes)),
-            tuple(Sum(slot(s.target), tuple(self._inner_name(n, t) for n in s.sources)) for s in step.sums),
-            tuple(self._inner_name(name, t) for name in step.merges if name not in came),
+        kept = [replace(step, merges=tuple(n for n in step.merges if n not in came)) for step in steps]
+        whole = Renaming(
+            rank=lambda rank: self.node * self.size + rank,
+            name=lambda name: self._inner_name(name, t),
+            pieces=lambda what, inner: self._pieces(what, inner, t),
         )
+        return (*map(whole.step, kept), tuple(self._inner_name(name, t) for name in came))
 
     def _inner_name(self, name: str, t: int) -> str:
         if name == self.what:
@@ -135,11 +115,11 @@ class _Hybrid:
         moving = (what in QUERY_KINDS) == (self.what == "q")
         found: list[Piece] = []
         for piece in inner:
+            owner = self.node * self.size + piece.owner
             if moving and t:
-                held = self._held(self.node * self.size + piece.owner, t)
-                found += cut(held, ((piece.start, piece.stop),))
+                found += cut(self._held(owner, t), ((piece.start, piece.stop),))
             else:
-                found.append(replace(piece, owner=self.node * self.size + piece.owner))
+                found.append(replace(piece, owner=owner))
         return tuple(found)
 
     def _held(self, rank: int, t: int) -> Slot:
@@ -160,7 +140,9 @@ def _held(form: Hybrid, problem: Problem, rank: int, t: int) -> Slot:
         return problem.own(what, rank)
     owner = (rank - _direction(problem, what, form.size) * t * form.size) % problem.world
     kind = problem.queries if what == "q" else "kv"
-    return block(kind, f"{what}@{t}", owner, _rows(problem, what, owner, form.size, _direction(problem, what, form.size), t))
+    return block(
+        kind, f"{what}@{t}", owner, _rows(problem, what, owner, form.size, _direction(problem, what, form.size), t)
+    )
 
 
 def _rows(problem: Problem, what: str, owner: int, size: int, way: int, hop: int) -> Rows:
@@ -187,16 +169,5 @@ def _inner_problem(form: Hybrid, problem: Problem, node: int, t: int) -> Problem
     ranks = range(node * form.size, (node + 1) * form.size)
     slots = {what: [problem.own(what, r) for r in ranks] for what in ("q", "kv")}
     slots[MOVING[form.outer]] = [_held(form, problem, r, t) for r in ranks]
-    layouts = [
-        Layout.from_runs([problem.segments(what, slot.pieces) for slot in slots[what]]) for what in ("q", "kv")
-    ]
+    layouts = [Layout.from_runs([problem.segments(what, slot.pieces) for slot in slots[what]]) for what in ("q", "kv")]
     return replace(problem, world=form.size, q_layout=layouts[0], kv_layout=layouts[1])
-
-
-def _beside(a: Step, b: Step) -> Step:
-    """Two steps as one: what `a` sums, copies and merges needs nothing of what `b` computes."""
-    lanes = [
-        tuple((*x[lane], *y[lane]) for lane in LANES) for x, y in ((a.sends, b.sends), (a.receives, b.receives))
-    ]
-    rest = (getattr(a, name) + getattr(b, name) for name in ("slots", "copies", "computes", "sums", "merges"))
-    return Step(*lanes, *rest)

@@ -90,9 +90,7 @@ def _reachable(problem: Problem, what: str, owner: int, first: int, count: int) 
 
     Of such a mask only the outermost position of the others matters: k <= q + upper holds for some q if for the last one.
     """
-    layout, others = (
-        (problem.q_layout, problem.kv_layout) if what == "q" else (problem.kv_layout, problem.q_layout)
-    )
+    layout, others = (problem.q_layout, problem.kv_layout) if what == "q" else (problem.kv_layout, problem.q_layout)
     ends = extremes(others).over(first, count)
     cell = problem.mask.one_sided
     if ends is None:
@@ -126,9 +124,7 @@ def direction(problem: Problem, what: str) -> int:
     owners = range(0, world, -(-world // SAMPLED_OWNERS))
 
     def volume(way: int) -> int:
-        return sum(
-            rows_in(carried(problem, what, owner, way, hop)) for owner in owners for hop in range(1, world)
-        )
+        return sum(rows_in(carried(problem, what, owner, way, hop)) for owner in owners for hop in range(1, world))
 
     return 1 if volume(1) <= volume(-1) else -1
 

@@ -20,9 +20,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from tokenring.problem import QUERY_KINDS, Problem
+from tokenring.schedules.heads import blocks, head_range, heads_of
 from tokenring.schedules.paths import attend, in_order, united, wanted_by
-from tokenring.segments import Range
-from tokenring.step import Compute, Piece, Slot, Step, Sum, Transfer, pieces
+from tokenring.step import Compute, Slot, Step, Sum, Transfer, pieces
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ def _spread(grid: Usp, problem: Problem, rank: int) -> Step:
     for what, whole in (("q", _queries(grid, problem, group)), ("kv", _keys(grid, problem, group, 0))):
         for peer in range(group * grid.u, (group + 1) * grid.u):
             leaving = tuple(p for p in whole.pieces if p.owner == rank)
-            heads = _heads_of(problem, what, head_range(problem, grid.u, peer))
+            heads = heads_of(problem, what, head_range(problem, grid.u, peer))
             if leaving and heads[0] < heads[1]:
                 sends.append(Transfer(rank, peer, whole.what, leaving, what, whole.name, heads))
             coming = tuple(p for p in whole.pieces if p.owner == peer)
-            heads = _heads_of(problem, what, head_range(problem, grid.u, rank))
+            heads = heads_of(problem, what, head_range(problem, grid.u, rank))
             if coming and heads[0] < heads[1]:
                 receives.append(Transfer(peer, rank, whole.what, coming, what, whole.name, heads))
         if whole.rows and heads[0] < heads[1]:
@@ -61,12 +61,18 @@ def _spread(grid: Usp, problem: Problem, rank: int) -> Step:
 def _rounds(grid: Usp, problem: Problem, rank: int) -> Iterator[Step]:
     group, own, home = rank // grid.u, [], []
     for t in range(grid.r):
-        computes = [c for i in range(len(_blocks(grid, problem, rank))) if (c := _compute(grid, problem, rank, t, i))]
+        computes = [c for i in range(len(blocks(problem, grid.u, rank))) if (c := _compute(grid, problem, rank, t, i))]
         leaving = _leaving(grid, problem, rank, t)
         back = [x for slot in leaving for x in _transfers(rank, slot) if x.destination != rank]
         helpers = sorted({*_ranks(grid, group + t), *(_ranks(grid, group) if t == grid.r - 1 else ())})
-        arriving = [(x, slot) for p in helpers if p != rank for slot in _leaving(grid, problem, p, t)
-                    for x in _transfers(p, slot) if x.destination == rank]
+        arriving = [
+            (x, slot)
+            for p in helpers
+            if p != rank
+            for slot in _leaving(grid, problem, p, t)
+            for x in _transfers(p, slot)
+            if x.destination == rank
+        ]
         landing = [Slot(x.destination_slot, x.what, x.pieces, x.heads) for x, _ in arriving]
         ahead, behind, slots = _pass_on(grid, problem, rank, t)
         yield Step(
@@ -78,8 +84,12 @@ def _rounds(grid: Usp, problem: Problem, rank: int) -> Iterator[Step]:
             _sums(grid, problem, rank, t),
             tuple(home),
         )
-        own = [(Slot(x.destination_slot, x.what, x.pieces, x.heads), x)
-               for slot in leaving for x in _transfers(rank, slot) if x.destination == rank]
+        own = [
+            (Slot(x.destination_slot, x.what, x.pieces, x.heads), x)
+            for slot in leaving
+            for x in _transfers(rank, slot)
+            if x.destination == rank
+        ]
         home = [s.name for s, _ in own] + [s.name for s in landing]
     yield Step(slots=tuple(s for s, _ in own), copies=tuple(copy for _, copy in own), merges=tuple(home))
 
@@ -108,7 +118,7 @@ def _transfers(rank: int, slot: Slot) -> list[Transfer]:
 def _leaving(grid: Usp, problem: Problem, rank: int, t: int) -> list[Slot]:
     """The results of a rank that are complete after round t."""
     slots: list[Slot] = []
-    for index, heads in enumerate(_blocks(grid, problem, rank)):
+    for index, heads in enumerate(blocks(problem, grid.u, rank)):
         compute = _compute(grid, problem, rank, t, index)
         if compute and problem.backward:
             slots.append(compute.results[1])
@@ -125,7 +135,7 @@ def _sums(grid: Usp, problem: Problem, rank: int, t: int) -> tuple[Sum, ...]:
     made = _group_compute(grid, problem, group, t).results[0].name
     return tuple(
         Sum(Slot(f"{after.name}.{i}", after.what, after.pieces, heads), (f"{before.name}.{i}", f"{made}.{i}"))
-        for i, heads in enumerate(_blocks(grid, problem, rank))
+        for i, heads in enumerate(blocks(problem, grid.u, rank))
     )
 
 
@@ -144,7 +154,7 @@ def _compute(grid: Usp, problem: Problem, rank: int, t: int, index: int) -> Comp
     whole = _group_compute(grid, problem, rank // grid.u, t)
     if whole is None:
         return None
-    heads = _blocks(grid, problem, rank)[index]
+    heads = blocks(problem, grid.u, rank)[index]
     results = tuple(
         Slot(f"{s.name}.{index}", s.what, s.pieces, heads if s.what in QUERY_KINDS else problem.key_heads(heads))
         for s in whole.results
@@ -162,8 +172,8 @@ def _group_compute(grid: Usp, problem: Problem, group: int, t: int) -> Compute |
 def _queries(grid: Usp, problem: Problem, group: int) -> Slot:
     """The queries of a group that have a key."""
     everyone = range(problem.world)
-    blocks = [p for o in _ranks(grid, group) for p in pieces(o, wanted_by(problem, "q", o, everyone))]
-    return Slot("q:all", problem.queries, in_order(problem, "q", tuple(blocks)))
+    rows = [p for o in _ranks(grid, group) for p in pieces(o, wanted_by(problem, "q", o, everyone))]
+    return Slot("q:all", problem.queries, in_order(problem, "q", tuple(rows)))
 
 
 @lru_cache(maxsize=4096)
@@ -171,30 +181,10 @@ def _keys(grid: Usp, problem: Problem, group: int, t: int) -> Slot:
     """The keys and values that a group holds in round t: of the group t before it, those that it or a later one wants."""
     group %= grid.r
     later = range(group * grid.u, group * grid.u + (grid.r - t) * grid.u)
-    blocks = [p for o in _ranks(grid, group - t) for p in pieces(o, wanted_by(problem, "kv", o, later))]
-    return Slot(f"kv:{t}", "kv", in_order(problem, "kv", tuple(blocks)))
+    rows = [p for o in _ranks(grid, group - t) for p in pieces(o, wanted_by(problem, "kv", o, later))]
+    return Slot(f"kv:{t}", "kv", in_order(problem, "kv", tuple(rows)))
 
 
 def _ranks(grid: Usp, group: int) -> range:
     group %= grid.r
     return range(group * grid.u, (group + 1) * grid.u)
-
-
-def head_range(problem: Problem, parts: int, rank: int) -> Range:
-    """The query heads of a rank: as even as can be; empty where there are fewer heads than ranks."""
-    index = rank % parts
-    return index * problem.q_heads // parts, (index + 1) * problem.q_heads // parts
-
-
-def _heads_of(problem: Problem, what: str, heads: Range) -> Range:
-    return heads if what == "q" or heads[0] == heads[1] else problem.key_heads(heads)
-
-
-def _blocks(grid: Usp, problem: Problem, rank: int) -> tuple[Range, ...]:
-    """A rank's query heads, cut so that each part is whole key groups or lies in one."""
-    first, last = head_range(problem, grid.u, rank)
-    group = problem.q_heads // problem.kv_heads
-    inner = (-(-first // group) * group, last // group * group)
-    if first == last or inner[0] > inner[1] or (first, last) == inner:
-        return ((first, last),) if first < last else ()
-    return tuple((a, b) for a, b in ((first, inner[0]), inner, (inner[1], last)) if a < b)
