@@ -4,13 +4,14 @@ A schedule is data: `plan` builds it, `attention` runs it, `Plan.check`, `bytes_
 """
 
 from tokenring.agreement import AgreementError, prepare
-from tokenring.api import attention, plan
+from tokenring.api import attention
 from tokenring.decode import decode_attention
 from tokenring.inprocess import run_local
 from tokenring.layout import Layout
 from tokenring.loss import cross_entropy
 from tokenring.mask import Mask
 from tokenring.plan import Plan
+from tokenring.planning import plan
 from tokenring.shape import AttentionShape
 from tokenring.transport import Event, Trace, Traffic, TransportError, connect, count_traffic, trace
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from tokenring.layout import Layout
@@ -31,8 +32,15 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def check_options(q: Tensor, sinks: Tensor | None, scale: float | None, softcap: float | None) -> None:
-    """One sink for each query head, beside q; a scale that is a number (torch's flash makes zeros of NaN scores); a cap."""
+def check_options(
+    q: Tensor, sinks: Tensor | None, scale: float | None, softcap: float | None, dropout: float = 0.0
+) -> None:
+    """No dropout. One sink for each query head, beside q; a scale that is a number (torch's flash makes zeros of NaN scores); a cap."""
+    if dropout != 0:
+        raise ValueError(
+            f"dropout is {dropout}; attention over ranks has none, because every schedule would drop other weights. "
+            "Set it to 0 (Megatron: --attention-dropout 0)"
+        )
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale is {scale}; it must be finite, or None for 1 / sqrt(head dim)")
     if sinks is not None and (tuple(sinks.shape) != (q.shape[2],) or sinks.device != q.device):
@@ -42,6 +50,16 @@ def check_options(q: Tensor, sinks: Tensor | None, scale: float | None, softcap:
         )
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
         raise ValueError(f"softcap is {softcap}; it must be above 0 and finite, or None for none")
+
+
+def wire_dtype(partial_dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype of partial gradients on the wire; None for the input's."""
+    if partial_dtype in (None, "input"):
+        return None
+    named = {"float32": torch.float32, "float64": torch.float64}.get(partial_dtype, partial_dtype)
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        raise ValueError(f'partial_dtype is {partial_dtype!r}; give "input", "float32" or a floating dtype')
+    return named
 
 
 def check_mask(mask: Mask, q_layout: Layout, kv_layout: Layout, batch: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +19,9 @@ from tokenring.schedules import builder
 from tokenring.shape import AttentionShape
 from tokenring.step import Step, Transfer
 
+if TYPE_CHECKING:
+    from tokenring.topology import Topology
+
 PREFERENCE = ("ring", "biring", "tokenring", "gather")
 BACKWARD_PREFERENCE = ("ring:direct", "biring", "tokenring", "gather")
 SAMPLED_RANKS = 32
@@ -25,7 +29,11 @@ SAMPLED_RANKS = 32
 
 @lru_cache(maxsize=1024)
 def choose_plan(
-    schedule: str, problem: Problem, shape: AttentionShape, partial_dtype: torch.dtype | None = None
+    schedule: str,
+    problem: Problem,
+    shape: AttentionShape,
+    partial_dtype: torch.dtype | None = None,
+    topology: Topology | None = None,
 ) -> Plan:
     """The plan of a schedule by name, or of the one that "auto" picks, in the problem's direction."""
     preference = BACKWARD_PREFERENCE if problem.backward else PREFERENCE
