@@ -5,6 +5,7 @@ A layout is, for each rank, a short list of affine runs of positions. Six tokens
     contiguous   rank 0: 0 1 2      rank 1: 3 4 5
     zigzag       rank 0: 0 1 5      rank 1: 2 3 4      (four chunks 01 23 4 5; rank r holds chunks r and 2N-1-r)
     striped      rank 0: 0 2 4      rank 1: 1 3 5
+    balanced     blocks dealt so that a given mask costs every rank the same
 
 Any length and any world; shards may be uneven or empty. Under a causal mask zigzag and striped give every rank the same
 work (zigzag: ring-flash-attention and Megatron; striped: Brandon et al., arXiv 2311.09431), contiguous does not.
@@ -77,6 +78,28 @@ class Layout:
             starts = range(0, length, block)
             runs = [[Segment(offset + s, min(block, length - s)) for s in starts[r::world]] for r in range(world)]
         return cls(length, world, offset, _frozen(runs), f"striped({block})")
+
+    @classmethod
+    def balanced(cls, mask: Any, length: int, world: int, block: int = 128, offset: int = 0) -> Layout:
+        """Blocks of `block` positions dealt out so that every rank has equal attention work under the mask, and equal rows.
+
+        Args:
+            mask: "causal", "full" or a Mask over these positions (documents, spans and lengths included).
+            block: smaller evens the work better and cuts the tiles finer; the last block may be shorter.
+
+        >>> Layout.balanced("causal", 8, 2, block=1).positions(0).tolist()
+        [0, 3, 4, 7]
+        """
+        from tokenring.balance import balanced_blocks
+        from tokenring.mask import Mask
+
+        if block < 1 or length < 0 or world < 1:
+            raise ValueError(
+                f"Layout.balanced got length={length}, world={world}, block={block}; block and world must be 1 or more, "
+                "length 0 or more"
+            )
+        runs = balanced_blocks(Mask.of(mask), length, world, block)
+        return cls(length, world, 0, _frozen(runs), f"balanced({block}, {hash(tuple(map(tuple, runs))):x})").at(offset)
 
     @classmethod
     def from_runs(cls, runs: Sequence[Sequence[Segment]]) -> Layout:

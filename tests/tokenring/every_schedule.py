@@ -44,4 +44,5 @@ def masks(length: int, batch: int) -> dict[str, tr.Mask]:
 def layouts(length: int, world: int) -> list[tr.Layout]:
     """Every kind of layout."""
     kinds = (tr.Layout.zigzag, tr.Layout.contiguous, tr.Layout.striped)
-    return [*(kind(length, world) for kind in kinds), tr.Layout.striped(length, world, block=3)]
+    dealt = tr.Layout.balanced(tr.Mask.documents([0, length // 3, length]), length, world, block=2)
+    return [*(kind(length, world) for kind in kinds), tr.Layout.striped(length, world, block=3), dealt]

@@ -95,3 +95,34 @@ def test_wrong_sizes_are_refused() -> None:
         tr.Layout.striped(4, 2, block=0)
     with pytest.raises(ValueError, match="gives that rank 4"):
         tr.run_local(2, lambda group: layout.gather(torch.zeros(1, 3), group))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 8])
+def test_balanced_gives_every_rank_equal_work_and_rows_for_any_mask(world: int) -> None:
+    """Documents of very unlike lengths, one of them most of the sequence; work counted pair by pair."""
+    length, block = 3001, 16
+    cu = [0, 5, 700, 701, 701, 1100, 2900, length]
+    for mask in (
+        tr.Mask.documents(cu),
+        tr.Mask.causal(),
+        tr.Mask.full(),
+        tr.Mask.window(50),
+        tr.Mask.spans([(9, 900)]),
+    ):
+        layout = tr.Layout.balanced(mask, length, world, block)
+        positions = torch.arange(length)
+        allowed = mask.dense(positions, positions).sum(dim=1)
+        work = [int(allowed[layout.positions(r)].sum()) for r in range(world)]
+        assert max(work) <= 1.02 * sum(work) / world + block * int(allowed.max()), work
+        assert max(work) <= 1.04 * sum(work) / world, work
+        rows = [layout.length(r) for r in range(world)]
+        assert sum(rows) == length and max(rows) - min(rows) < 2 * block
+        assert torch.cat([layout.positions(r) for r in range(world)]).sort().values.equal(positions)
+
+
+def test_balanced_takes_any_length_and_says_what_it_cannot() -> None:
+    assert [tr.Layout.balanced("causal", 3, 5, block=2).length(r) for r in range(5)].count(0) == 3
+    assert tr.Layout.balanced("causal", 0, 2).length(1) == 0
+    assert tr.Layout.balanced("causal", 8, 2, block=1, offset=4).positions(0).tolist() == [4, 7, 8, 11]
+    with pytest.raises(ValueError, match="block=0; block and world must be 1 or more"):
+        tr.Layout.balanced("causal", 8, 2, block=0)
