@@ -110,6 +110,35 @@ def test_any_shape_layout_and_option_has_the_dense_gradients(data: st.DataObject
         torch.testing.assert_close(sum(grads[3] for grads, _ in results), expected[3], rtol=0, atol=1e-12)
 
 
+def test_riding_gradients_weigh_one_hop_more_and_are_float32() -> None:
+    rows, world = 2 * 64 // 4, 4
+    kv = 2 * rows * 2 * 16 * 2
+    shape = tr.AttentionShape(2, 64, 64, 8, 2, 16)
+    plan = tr.plan("ring", world=world, shape=shape, layout="zigzag", mask="full", direction="backward")
+    for rank in range(world):
+        assert plan.bytes_sent(rank) == plan.bytes_sent(rank, (rank + 1) % world) == (world - 1) * kv + world * 2 * kv
+    assert tr.plan("ring", world=1, shape=shape, layout="zigzag", direction="backward").bytes_sent(0) == 0
+
+
+def test_grids_send_what_the_closed_formulas_say() -> None:
+    """Full mask, four key heads over 2 or 4 ranks: no head range is split."""
+    batch, heads, kv_heads, dim, length = 2, 8, 4, 16, 48
+    for world, a, b in ((4, 2, 2), (6, 3, 2), (6, 2, 3), (8, 4, 2), (8, 2, 4)):
+        rows = batch * length // world
+        q, kv, lse = rows * heads * dim * 2, 2 * rows * kv_heads * dim * 2, rows * heads * 4
+        shape = tr.AttentionShape(batch, length, length, heads, kv_heads, dim)
+        forward, backward = (a - 1) * (2 * q + lse) + (b - 1) * kv, (a - 1) * (3 * q + 2 * lse) + (b - 1) * 2 * kv
+        cases = {("forward", f"mesh:{a}x{b}"): forward, ("backward", f"mesh:{a}x{b}"): backward}
+        cases["forward", f"hybrid:ring/tokenring@{a}"] = (b - 1) * kv + b * (a - 1) * (2 * q + lse)
+        cases["backward", f"hybrid:ring/tokenring@{a}"] = (b - 1) * 2 * kv + b * (a - 1) * (3 * q + 2 * lse)
+        if kv_heads % a == 0:
+            cases["forward", f"usp:{a}x{b}"] = (a - 1) * (2 * q + lse + kv) // a + (b - 1) * kv
+            cases["backward", f"usp:{a}x{b}"] = (a - 1) * (3 * q + 2 * lse + 2 * kv) // a + (b - 1) * 2 * kv
+        for (direction, name), expected in cases.items():
+            plan = tr.plan(name, world=world, shape=shape, layout="contiguous", mask="full", direction=direction)
+            assert [plan.bytes_sent(r) for r in range(world)] == [expected] * world, (name, direction)
+
+
 def test_full_mask_bytes_equal_the_closed_formulas() -> None:
     batch, heads, kv_heads, dim, world, length = 2, 8, 2, 16, 4, 64
     rows = batch * length // world
