@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from tests.oracle import dense_attention, random_qkv
-from tokenring.kernels import KERNELS, choose
+from tokenring.kernels import KERNELS, backward_kernel, choose
 from tokenring.kernels.reference import BLOCK_ROWS
-from tokenring.merge import merge_, merge_sinks_
 from tokenring.segments import Tile
 
 BANDS = [(None, None), (None, 0), (None, 3), (-2, None), (-3, 2), (0, 0)]
@@ -76,37 +75,19 @@ def test_different_value_dims_and_softcap_fall_to_the_reference() -> None:
         choose("cpu_flash", q.int(), q.int(), None)
 
 
-def test_merging_empty_partials_makes_no_nan() -> None:
-    out, lse = torch.zeros(1, 2, 1, 4), torch.full((1, 1, 2), -torch.inf)
-    part, part_lse = torch.ones(1, 2, 1, 4), torch.tensor([[[0.5, -torch.inf]]])
-    part[:, 1] = 0
-    merge_(out, lse, torch.zeros_like(out), torch.full_like(lse, -torch.inf))
-    assert (out == 0).all() and torch.isneginf(lse).all()
-    merge_(out, lse, part, part_lse)
-    assert torch.equal(out, part) and torch.equal(lse, part_lse)
-    merge_(out, lse, torch.zeros_like(out), torch.full_like(lse, -torch.inf))
-    assert torch.equal(out, part) and torch.equal(lse, part_lse)
-
-
-def test_merging_far_apart_partials_does_not_overflow() -> None:
-    out, lse = torch.ones(1, 1, 1, 2), torch.full((1, 1, 1), 300.0)
-    merge_(out, lse, torch.full((1, 1, 1, 2), 7.0), torch.full((1, 1, 1), -300.0))
-    assert torch.equal(out, torch.ones(1, 1, 1, 2)) and lse.item() == 300.0
-
-
-def test_a_sink_leaves_empty_rows_empty() -> None:
-    out, lse = torch.ones(1, 2, 1, 2), torch.tensor([[[0.0, -torch.inf]]])
-    out[:, 1] = 0
-    merge_sinks_(out, lse, torch.tensor([0.0]))
-    torch.testing.assert_close(out[0, :, 0, 0], torch.tensor([0.5, 0.0]))
-    torch.testing.assert_close(lse[0, 0], torch.tensor([0.6931472, -torch.inf]))
-
-
-def test_a_sink_of_minus_infinity_changes_nothing() -> None:
-    out, lse = torch.ones(1, 2, 1, 2), torch.tensor([[[0.5, -torch.inf]]])
-    out[:, 1] = 0
-    merge_sinks_(out, lse, torch.tensor([-torch.inf]))
-    assert torch.equal(out[0, :, 0, 0], torch.tensor([1.0, 0.0])) and lse[0, 0].tolist() == [0.5, -torch.inf]
+def test_a_kernel_that_is_unknown_or_unable_is_refused_with_what_is_allowed() -> None:
+    q = torch.zeros(1, 4, 2, 8)
+    of_gpus = "flash_attn, flash_attn4, flash_attn3, cuda_sdpa, flash_attn2"
+    names = f"auto, cpu_flash, reference, or for CUDA devices {of_gpus}"
+    with pytest.raises(ValueError, match=f"kernel is 'fast'; give one of {names}"):
+        choose("fast", q, q, None)
+    with pytest.raises(ValueError, match=r"kernel 'cuda_sdpa' cannot take this call: .*on cpu; use kernel=.auto"):
+        choose("cuda_sdpa", q, q, None)
+    with pytest.raises(ValueError, match=r"flash_attn4: it takes .*flash_attn3: it takes .*flash_attn2: it takes"):
+        choose("flash_attn", q, q, None)
+    for name in ("cpu_flash", "reference"):
+        chosen = choose(name, q, q, None)
+        assert chosen.name == name and backward_kernel(chosen, q, q, None) is chosen
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
