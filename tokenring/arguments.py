@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tokenring.layout import Layout
 from tokenring.mask import Mask
-
-if TYPE_CHECKING:
-    from tokenring.plan import Plan
+from tokenring.plan import Plan
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -41,8 +38,8 @@ def check_options(
             f"dropout is {dropout}; attention over ranks has none, because every schedule would drop other weights. "
             "Set it to 0 (Megatron: --attention-dropout 0)"
         )
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}; it must be finite, or None for 1 / sqrt(head dim)")
+    if scale is not None and not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"scale is {scale}; it must be above 0 and finite, or None for 1 / sqrt(head dim)")
     if sinks is not None and (tuple(sinks.shape) != (q.shape[2],) or sinks.device != q.device):
         raise ValueError(
             f"sinks have shape {tuple(sinks.shape)} on {sinks.device}; "
@@ -66,7 +63,8 @@ def check_mask(mask: Mask, q_layout: Layout, kv_layout: Layout, batch: int) -> N
     """What a mask says of the sequence must be true of it: where documents end, how far spans reach, how many entries."""
     limits = mask.limits
     q_stop, kv_stop = (cut.offset + cut.total for cut in (q_layout, kv_layout))
-    if limits.kv_stop is not None and (limits.kv_stop != kv_stop or limits.q_stop < q_stop):
+    ends = limits.q_stop == q_stop if limits.packed else limits.q_stop is None or limits.q_stop >= q_stop
+    if limits.kv_stop not in (None, kv_stop) or not ends:
         raise ValueError(
             f"the mask's documents end at query {limits.q_stop} and key {limits.kv_stop}; the layouts' queries end at "
             f"{q_stop} and keys at {kv_stop}. The last of cu_seqlens must be the length of the sequence"
@@ -89,6 +87,8 @@ def check_given(
     schedule: str,
 ) -> None:
     """Beside a plan, an argument that is not the default must say what the plan says: it would be ignored otherwise."""
+    if not isinstance(plan, Plan):
+        raise ValueError(f"plan is {plan!r}; give what tokenring.plan returned, or a name as schedule=")
     problem = plan.problem
     said = {
         "layout": layout == "zigzag" or _same_cut(layout, q.shape[1], problem.q_layout),

@@ -119,6 +119,13 @@ def _placed(slot: Slot, start: int, stop: int) -> Iterator[tuple[int, Piece]]:
         row += piece.rows
 
 
+def _of_entries(plan: Plan, tile: Tile) -> Tile:
+    entries = plan.shape.batch
+    if tile.batch and not 0 <= tile.batch[0] < tile.batch[1] <= entries:
+        raise PlanError(f"{tile} is of batch entries {tile.batch}; there are {entries}")
+    return tile.of(tile.batch or (0, entries))
+
+
 def _every_head(plan: Plan, q_owner: int, k_owner: int, tiles: list[tuple[Tile, Range]]) -> int:
     """Pairs of one head; every head has the same."""
     edges = sorted({0, plan.problem.q_heads, *(edge for _, heads in tiles for edge in heads)})
@@ -131,6 +138,8 @@ def _every_head(plan: Plan, q_owner: int, k_owner: int, tiles: list[tuple[Tile, 
 
 def _exactly_once(plan: Plan, q_owner: int, k_owner: int, tiles: list[Tile]) -> int:
     allowed = plan.problem.tiles(plan.problem.own("q", q_owner).pieces, plan.problem.own("kv", k_owner).pieces)
+    if any(tile.batch for tile in (*tiles, *allowed)):
+        tiles, allowed = ([_of_entries(plan, tile) for tile in some] for some in (tiles, allowed))
     where = f"queries of rank {q_owner} and keys of rank {k_owner}"
     for index, tile in enumerate(tiles):
         inside = sum(part.pairs() for a in allowed if (part := tile.common(a)))

@@ -102,8 +102,11 @@ class _Player:
         slot = slots[name]
         if slot.what != transfer.what or transfer.rows < 1:
             self._fail(f"{transfer} moves no rows, or slot {name} holds {slot.what}")
-        if transfer.heads is not None and not _within(transfer.heads, self._heads(slot)):
-            self._fail(f"{transfer} moves heads that slot {name} does not hold: it has {self._heads(slot)}")
+        heads = transfer.heads
+        if heads is None and slot.heads is not None:
+            self._fail(f"{transfer} moves all heads of slot {name}, which holds {slot.heads}; name them")
+        if heads is not None and not (_within(heads, self._heads(slot)) and heads[0] < heads[1]):
+            self._fail(f"{transfer} moves heads that slot {name} does not hold, or none: it has {self._heads(slot)}")
         return self._locate(slot, transfer.pieces), transfer.heads
 
     def _whole(self, compute: Compute) -> None:
@@ -130,7 +133,7 @@ class _Player:
         """Query heads of one key head, or whole groups of them; both slots hold the heads."""
         heads = compute.heads or self._heads(q)
         keys, group = self.problem.key_heads(heads), self.problem.q_heads // self.problem.kv_heads
-        grouped = keys[1] - keys[0] == 1 or (heads[0] % group == heads[1] % group == 0)
+        grouped = heads[0] < heads[1] and (keys[1] - keys[0] == 1 or heads[0] % group == heads[1] % group == 0)
         if not grouped or not _within(heads, self._heads(q)) or not _within(keys, self._heads(kv)):
             self._fail(f"computes query heads {heads} of {self._heads(q)} with key heads {keys} of {self._heads(kv)}")
         if compute.heads is None and (q.heads, kv.heads) != (None, None):
@@ -138,6 +141,8 @@ class _Player:
 
     def _sum(self, total: Sum) -> None:
         missing = [name for name in total.sources if name not in self.held]
+        if not total.sources or total.target.rows < 1:
+            self._fail(f"sums nothing into {total.target.name}")
         if missing:
             self._fail(f"sums {missing[0]}, holds {sorted(self.held)}")
         sources = [self.held[name] for name in total.sources]

@@ -13,8 +13,11 @@ work (zigzag: ring-flash-attention and Megatron; striped: Brandon et al., arXiv 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -109,6 +112,17 @@ class Layout:
         [0, 3]
         """
         frozen = _frozen(runs)
+        if not _each_once([run for rank in frozen for run in rank]):
+            raise ValueError(
+                "Layout.from_runs got runs that leave positions out or hold some twice; together they must hold 0 to the last "
+                "position, each once"
+            )
+        return cls.of_any_runs(frozen)
+
+    @classmethod
+    def of_any_runs(cls, runs: Sequence[Sequence[Segment]]) -> Layout:
+        """Runs of any positions: what the ranks of a node hold for a while."""
+        frozen = _frozen(runs)
         total = sum(s.count for rank in frozen for s in rank)
         return cls(total, len(frozen), 0, frozen, f"runs:{hash(frozen):x}")
 
@@ -132,6 +146,19 @@ class Layout:
         if not 0 <= rank < self.world:
             raise ValueError(f"rank is {rank}; this layout has ranks 0 to {self.world - 1}")
         return self.runs[rank]
+
+    def cut(self, rank: int, start: int, stop: int) -> list[tuple[int, Segment]]:
+        """The runs of rows start..stop-1 of a rank, each with its first row."""
+        runs, rows = self.segments(rank), _row_starts(self, rank)
+        found = []
+        for index in range(max(0, bisect_right(rows, start) - 1), len(runs)):
+            row = rows[index]
+            if row >= stop:
+                break
+            first, last = max(start, row), min(stop, row + runs[index].count)
+            if first < last:
+                found.append((first, runs[index].cut(first - row, last - row)))
+        return found
 
     def length(self, rank: int) -> int:
         """How many rows a rank holds."""
@@ -190,6 +217,23 @@ class _Gather(torch.autograd.Function):
         for part in runtime.all_to_all([s.movedim(ctx.dim, 0).contiguous() for s in shards]):
             total += part.movedim(0, ctx.dim)
         return total, None, None, None
+
+
+@lru_cache(maxsize=8192)
+def _row_starts(layout: Layout, rank: int) -> list[int]:
+    return list(accumulate((run.count for run in layout.runs[rank]), initial=0))
+
+
+def _each_once(runs: list[Segment]) -> bool:
+    if all(run.stride == 1 or run.count == 1 for run in runs):
+        end = 0
+        for run in sorted(runs, key=lambda run: run.start):
+            if run.start != end:
+                return False
+            end = run.last + 1
+        return True
+    held = torch.cat([run.start + run.stride * torch.arange(run.count) for run in runs])
+    return bool((held.sort().values == torch.arange(len(held))).all())
 
 
 def _cuts(length: int, parts: int) -> list[int]:

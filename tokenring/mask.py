@@ -17,6 +17,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby, pairwise
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -92,8 +93,10 @@ class Mask:
     @classmethod
     def window(cls, left: int, right: int = 0) -> Mask:
         """q - left <= k <= q + right (flash-attention's convention; transformers' `sliding_window=W` is `left=W-1`)."""
-        if left < 0 or right < 0:
-            raise ValueError(f"Mask.window got left={left}, right={right}; both count positions and must be 0 or more")
+        if not all(isinstance(n, int) and n >= 0 for n in (left, right)):
+            raise ValueError(
+                f"Mask.window got left={left!r}, right={right!r}; both count positions: integers of 0 or more"
+            )
         return cls.band(-left, right)
 
     @classmethod
@@ -125,7 +128,7 @@ class Mask:
         >>> Mask.spans([(0, 2)]).dense(torch.arange(3), torch.arange(3)).int().tolist()
         [[1, 1, 0], [1, 1, 0], [1, 1, 1]]
         """
-        ends = sorted((int(a), int(b)) for a, b in spans)
+        ends = sorted(_span(span) for span in spans)
         for (a, b), (after, _) in pairwise([*ends, (END, END)]):
             if not 0 <= a <= b <= after:
                 raise ValueError(
@@ -166,23 +169,30 @@ class Mask:
 
     def __and__(self, other: Mask) -> Mask:
         """Pairs that both masks allow."""
+        if self.limits.packed != other.limits.packed and any(
+            (c.lower, c.upper) != (None, None) for c in self._loose(other)
+        ):
+            raise ValueError(
+                "documents with kv_cu_seqlens cannot be joined with a causal mask, window or spans: queries and keys are packed on "
+                "axes of their own, which such a mask would compare; give documents without kv_cu_seqlens, or causal=True"
+            )
         cells = [both for a in self.cells for b in other.over(a.q_start, a.q_stop - 1) if (both := a.common(b))]
         return Mask(_sorted(cells), self.limits & other.limits)
+
+    def _loose(self, other: Mask) -> tuple[Tile, ...]:
+        """The cells of the one of two masks that is not packed."""
+        return other.cells if self.limits.packed else self.cells
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the mask compares positions of queries and keys, so that where the two end matters."""
+        return not self.limits.packed and any((c.lower, c.upper) != (None, None) for c in self.cells)
 
     def over(self, first: int, last: int) -> Iterator[Tile]:
         """The cells that hold some query position of first..last."""
         for index in range(bisect_right(self._reach, first), bisect_left(self.cells, last + 1, key=_q_start)):
             if self.cells[index].q_stop > first:
                 yield self.cells[index]
-
-    @property
-    def one_sided(self) -> Tile | None:
-        """The cell of a mask that is one band over all positions with at most one bound, else None."""
-        if len(self.cells) != 1:
-            return None
-        cell = self.cells[0]
-        whole = cell.q_start == cell.k_start == 0 and min(cell.q_stop, cell.k_stop) > END // 2
-        return cell if whole and cell.batch is None and None in (cell.lower, cell.upper) else None
 
     def dense(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
         """The boolean matrix (queries, keys), for tests and small cases; (batch, queries, keys) where entries differ."""
@@ -237,9 +247,15 @@ def _integers(what: str, numbers: Numbers) -> list[int]:
         if numbers.dim() != 1 or numbers.is_floating_point() or numbers.dtype == torch.bool:
             raise ValueError(f"{what} is a {numbers.dtype} tensor of {numbers.dim()} dims; give integers in one dim")
         return numbers.tolist()
-    if any(int(n) != n for n in numbers):
+    if any(not isinstance(n, Integral) for n in numbers):
         raise ValueError(f"{what} is {list(numbers)}; give integers")
     return [int(n) for n in numbers]
+
+
+def _span(span: Numbers) -> tuple[int, int]:
+    if not isinstance(span, (Tensor, Sequence)) or len(ends := _integers("a span", span)) != 2:
+        raise ValueError(f"Mask.spans got {span!r}; give (start, end) pairs of integers")
+    return ends[0], ends[1]
 
 
 def _bounds(what: str, numbers: Numbers) -> list[int]:

@@ -59,6 +59,7 @@ class Plan:
 
     def bytes_sent(self, source: int, destination: int | None = None) -> int:
         """Exact payload bytes that `source` sends, to one rank or in all."""
+        self._check_rank(source if destination is None else destination)
         return sum(
             self.transfer_bytes(transfer)
             for step in self.steps(source)

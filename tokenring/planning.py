@@ -80,7 +80,7 @@ def _named(layout: Layout | str, length: int, world: int) -> Layout:
 def _problem(
     q_layout: Layout, k_layout: Layout, align: bool, mask: Mask, shape: AttentionShape, direction: str = "forward"
 ) -> Problem:
-    if align and not q_layout.offset and not mask.limits.packed and mask != Mask.full():
+    if align and not q_layout.offset and mask.aligned:
         offset = k_layout.offset + k_layout.total - q_layout.total
         if offset < 0:
             raise ValueError(

@@ -46,23 +46,15 @@ class Problem:
 
     def key_heads(self, heads: Range | None) -> Range | None:
         """The key heads that some query heads belong to."""
-        if heads is None:
-            return None
+        if heads is None or heads[0] == heads[1]:
+            return heads
         group = self.q_heads // self.kv_heads
         return heads[0] // group, -(-heads[1] // group)
 
     def segments(self, what: str, pieces: Iterable[Piece]) -> list[Segment]:
         """The position runs of pieces, in order."""
         layout = self.layout(what)
-        result: list[Segment] = []
-        for piece in pieces:
-            row = 0
-            for run in layout.segments(piece.owner):
-                first, last = max(piece.start, row), min(piece.stop, row + run.count)
-                if first < last:
-                    result.append(run.cut(first - row, last - row))
-                row += run.count
-        return result
+        return [run for piece in pieces for _, run in layout.cut(piece.owner, piece.start, piece.stop)]
 
     def tiles(self, q: Iterable[Piece], kv: Iterable[Piece]) -> tuple[Tile, ...]:
         """The tiles of a query slot against a key slot."""

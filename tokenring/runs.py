@@ -39,10 +39,11 @@ class Ascending:
             first, last = self.runs[index].inside(start, stop)
             if first == last:
                 continue
-            row = self.row[index] + first
-            if row != end:
+            row, part = self.row[index] + first, self.runs[index].cut(first, last)
+            # Runs of a stride above 1 may lie among each other: cut to one range they need not ascend any more.
+            if row != end or part.start < found[-1][0][-1].start or part.last < found[-1][0][-1].last:
                 found.append(([], row))
-            found[-1][0].append(self.runs[index].cut(first, last))
+            found[-1][0].append(part)
             end = self.row[index] + last
         return [(_ascending(runs), row) for runs, row in found]
 

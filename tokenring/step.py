@@ -16,12 +16,17 @@ for queries and their results, key heads for keys, values and theirs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from tokenring.segments import Range, Tile
 
 PAYLOAD_LANE, RETURN_LANE, AHEAD_LANE = LANES = (0, 1, 2)
+
+END = 1 << 62
+"""Past every row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,25 +61,35 @@ class Slot:
 
     def locate(self, wanted: Iterable[Piece]) -> tuple[Range, ...]:
         """Where the rows of some pieces lie in this slot, in the order of those pieces; neighbours joined."""
+        held = self._held()
         found: list[Range] = []
         for piece in wanted:
             at = piece.start
             while at < piece.stop:
-                first, last = self._run(piece.owner, at, piece.stop)
+                first, last = self._run(held.get(piece.owner, ()), piece.owner, at, piece.stop)
                 at += last - first
                 if found and found[-1][1] == first:
                     first = found.pop()[0]
                 found.append((first, last))
         return tuple(found)
 
-    def _run(self, owner: int, start: int, stop: int) -> Range:
+    def _held(self) -> dict[int, list[tuple[int, int, int]]]:
+        """For each owner (first row there, past the last, first row here), in the order of the owner's rows."""
+        held: dict[int, list[tuple[int, int, int]]] = {}
         row = 0
-        for held in self.pieces:
-            if held.owner == owner and held.start <= start < held.stop:
-                first = row + start - held.start
-                return first, first + min(stop, held.stop) - start
-            row += held.rows
-        raise ValueError(f"slot {self.name} does not hold row {start} of rank {owner}")
+        for piece in self.pieces:
+            held.setdefault(piece.owner, []).append((piece.start, piece.stop, row))
+            row += piece.rows
+        for runs in held.values():
+            runs.sort()
+        return held
+
+    def _run(self, runs: Sequence[tuple[int, int, int]], owner: int, start: int, stop: int) -> Range:
+        index = bisect_right(runs, (start, END, END)) - 1
+        if index < 0 or runs[index][1] <= start:
+            raise ValueError(f"slot {self.name} does not hold row {start} of rank {owner}")
+        first = runs[index][2] + start - runs[index][0]
+        return first, first + min(stop, runs[index][1]) - start
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +152,7 @@ class Step:
     merges: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        assert len(self.sends) <= len(LANES) and len(self.receives) <= len(LANES)
         missing = ((),) * len(LANES)
         object.__setattr__(self, "sends", (*self.sends, *missing)[: len(LANES)])
         object.__setattr__(self, "receives", (*self.receives, *missing)[: len(LANES)])
@@ -154,11 +170,11 @@ def pieces(owner: int, ranges: Iterable[Range]) -> tuple[Piece, ...]:
 def cut(slot: Slot, rows: Iterable[Range]) -> tuple[Piece, ...]:
     """The pieces of some rows of a slot."""
     result: list[Piece] = []
+    first_rows = list(accumulate((piece.rows for piece in slot.pieces), initial=0))
     for start, stop in rows:
-        row = 0
-        for piece in slot.pieces:
+        for index in range(max(0, bisect_right(first_rows, start) - 1), bisect_left(first_rows, stop)):
+            piece, row = slot.pieces[index], first_rows[index]
             first, last = max(start, row), min(stop, row + piece.rows)
             if first < last:
                 result.append(Piece(piece.owner, piece.start + first - row, piece.start + last - row))
-            row += piece.rows
     return tuple(result)

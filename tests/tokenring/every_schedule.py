@@ -32,6 +32,7 @@ def masks(length: int, batch: int) -> dict[str, tr.Mask]:
         "both-sided window": tr.Mask.window(3, 2),
         "documents": documents,
         "full documents": whole,
+        "short documents": tr.Mask.documents([0, min(5, length), min(8, length), length]),
         "spans": spans,
         "lengths": lengths,
         "documents & window": documents & tr.Mask.window(2),

@@ -197,6 +197,10 @@ BAD_CALLS = {
         lambda q, k, v: tr.attention(q, k, v, schedule="star"),
         r"one of auto, ring, biring, tokenring, gather",
     ),
+    "scale": (lambda q, k, v: tr.attention(q, k, v, scale=-0.5), "scale is -0.5; it must be above 0"),
+    "plan": (lambda q, k, v: tr.attention(q, k, v, plan="ring"), "plan is 'ring'; give what tokenring.plan returned"),
+    "dropout": (lambda q, k, v: tr.attention(q, k, v, dropout=0.1), "dropout is 0.1; attention over ranks has none"),
+    "partial": (lambda q, k, v: tr.attention(q, k, v, partial_dtype="half"), "partial_dtype is 'half'"),
     "backward": (
         lambda q, k, v: tr.attention(q, k, v, backward_schedule="rings"),
         r"one of auto, ring, ring:direct, biring, tokenring, gather",
@@ -206,7 +210,7 @@ BAD_CALLS = {
     "sinks": (lambda q, k, v: tr.attention(q, k, v, sinks=torch.zeros(3)), r"one logit for each of the 4"),
     "softcap": (lambda q, k, v: tr.attention(q, k, v, softcap=0.0), r"must be above 0"),
     "endless softcap": (lambda q, k, v: tr.attention(q, k, v, softcap=float("inf")), r"above 0 and finite"),
-    "scale": (lambda q, k, v: tr.attention(q, k, v, scale=float("nan")), r"scale is nan; it must be finite"),
+    "no scale": (lambda q, k, v: tr.attention(q, k, v, scale=float("nan")), r"scale is nan; it must be above 0"),
     "group": (lambda q, k, v: tr.attention(q, k, v, group="world"), r"give a ProcessGroup"),
 }
 

@@ -12,7 +12,7 @@ from tokenring.check import PlanError
 from tokenring.plan import Plan
 from tokenring.problem import Problem
 from tokenring.segments import Tile
-from tokenring.step import Piece, Slot, Step, Transfer
+from tokenring.step import Piece, Slot, Step, Sum, Transfer
 
 Transfers = tuple[Transfer, ...]
 
@@ -150,3 +150,33 @@ def test_check_finds_a_partial_that_names_other_queries() -> None:
 def test_halves_in_one_order_are_a_good_plan() -> None:
     plan = damaged("gather", "full", transfers_changed(in_halves, in_halves))
     assert plan.check().transfers == 2 * plan_of("gather", "full").check().transfers
+
+
+def test_check_finds_heads_that_nobody_named_or_that_are_none() -> None:
+    shape = tr.AttentionShape(2, 64, 64, 8, 4, 16)
+    plan = tr.plan("ulysses", world=4, shape=shape, layout="zigzag", mask="full")
+
+    def with_heads(heads: tuple | None) -> Plan:
+        def builder(problem: Problem, rank: int) -> tuple[Step, ...]:
+            first, *rest = plan.builder(problem, rank)
+            changed = [tuple(replace(t, heads=heads) for t in side[0]) for side in (first.sends, first.receives)]
+            return (replace(first, sends=(changed[0],), receives=(changed[1],)), *rest)
+
+        return replace(plan, builder=builder)
+
+    for heads, message in ((None, "name them"), ((0, 0), "or none"), ((2, 9), "does not hold")):
+        with pytest.raises(PlanError, match=message):
+            with_heads(heads).check()
+
+
+def test_check_finds_tiles_of_some_batch_entries_and_empty_sums() -> None:
+    def first_entry(steps: list[Step], rank: int) -> list[Step]:
+        return with_first_compute(steps, tiles=tuple(t.of((0, 1)) for t in steps[0].computes[0].tiles))
+
+    def empty_sum(steps: list[Step], rank: int) -> list[Step]:
+        return [replace(steps[0], sums=(Sum(Slot("nothing", "out", ()), ()),)), *steps[1:]]
+
+    with pytest.raises(PlanError, match="allowed pairs are never computed"):
+        damaged("ring", "full", first_entry).check()
+    with pytest.raises(PlanError, match="sums nothing into nothing"):
+        damaged("ring", "full", empty_sum).check()

@@ -13,7 +13,7 @@ from tests.oracle import dense_attention, random_qkv
 from tests.pool import Pool
 from tests.tokenring.every_schedule import layouts, masks, schedule_names
 
-HEADS = ((8, 2), (3, 1), (6, 2), (4, 4), (1, 1))
+HEADS = ((8, 2), (3, 1), (6, 2), (4, 4), (1, 1), (2, 1))
 LENGTH, BATCH = 29, 2
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import tokenring as tr
 from tests.pool import Pool
+from tokenring.segments import Segment
 
 MAKERS = {
     "contiguous": tr.Layout.contiguous,
@@ -126,3 +127,15 @@ def test_balanced_takes_any_length_and_says_what_it_cannot() -> None:
     assert tr.Layout.balanced("causal", 8, 2, block=1, offset=4).positions(0).tolist() == [4, 7, 8, 11]
     with pytest.raises(ValueError, match="block=0; block and world must be 1 or more"):
         tr.Layout.balanced("causal", 8, 2, block=0)
+
+
+def test_runs_must_hold_every_position_once() -> None:
+    strided = tr.Layout.from_runs([[Segment(0, 3, 2)], [Segment(1, 3, 2)]])
+    assert strided.positions(1).tolist() == [1, 3, 5]
+    for runs in (
+        [[Segment(0, 2)], [Segment(1, 2)]],
+        [[Segment(0, 2)], [Segment(3, 1)]],
+        [[Segment(0, 2, 2)], [Segment(2, 1)]],
+    ):
+        with pytest.raises(ValueError, match="together they must hold 0 to the last position, each once"):
+            tr.Layout.from_runs(runs)

@@ -35,6 +35,24 @@ def test_tiles_hold_every_allowed_pair_once(q: list, k: list, lower: int | None,
     assert torch.equal(found, allowed.long())
 
 
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 9), st.data())
+@with_settings(max_examples=200)
+def test_runs_that_lie_among_each_other_are_cut_right(
+    length: int, q_step: int, k_step: int, data: st.DataObject
+) -> None:
+    """A workspace of what several ranks of a striped layout sent, under documents that cut it anywhere."""
+    q, k = (
+        [Segment(start, len(range(start, length, step)), step) for start in range(min(step, length))]
+        for step in (q_step, k_step)
+    )
+    inner = data.draw(st.lists(st.integers(0, length), max_size=5))
+    mask = tr.Mask.documents([0, *sorted(inner), length]) & data.draw(
+        st.sampled_from([tr.Mask.full(), tr.Mask.window(3)])
+    )
+    allowed = mask.dense(positions(q), positions(k))[None]
+    assert torch.equal(dense_of(mask, mask.tiles(q, k), tuple(allowed.shape)), allowed.long())
+
+
 def dense_of(mask: tr.Mask, tiles: tuple, shape: tuple) -> torch.Tensor:
     """How often each (batch, query row, key row) lies in a tile; every tile is trimmed."""
     found = torch.zeros(shape, dtype=torch.int64)
@@ -111,6 +129,11 @@ def test_a_thousand_documents_cost_tiles_in_proportion() -> None:
         (lambda: tr.Mask.lengths([]), "one length of 0 or more for each batch entry"),
         (lambda: tr.Mask.lengths([3, -1]), "one length of 0 or more"),
         (lambda: tr.Mask.documents([0, 4]) & tr.Mask.documents([0, 5]), "one says q_stop is 4, the other 5"),
+        (lambda: tr.Mask.documents([0, 4], [0, 6]) & tr.Mask.window(2), "packed on axes of their own"),
+        (lambda: tr.Mask.window(2.5), "left=2.5.* integers of 0 or more"),
+        (lambda: tr.Mask.spans([(0.5, 5.7)]), "give integers"),
+        (lambda: tr.Mask.spans([(0, 5, 7)]), r"give \(start, end\) pairs of integers"),
+        (lambda: tr.Mask.documents([0, float("nan")]), "give integers"),
         (lambda: tr.Mask.of(torch.ones(3, 3)), "a tensor of shape .*mask tensors are never accepted"),
     ],
 )
@@ -124,6 +147,7 @@ def test_what_a_mask_cannot_be_is_refused(make: Callable[[], tr.Mask], message: 
     [
         (tr.Mask.documents([0, 4, 7]), "the mask's documents end at query 7 and key 7; .* keys at 8"),
         (tr.Mask.documents([0, 4, 9]), "must be the length of the sequence"),
+        (tr.Mask.documents([0, 9], [0, 8]), "documents end at query 9"),
         (tr.Mask.spans([(2, 9)]), "reach to position 9; the keys end at 8"),
         (tr.Mask.lengths([8, 9]), "reach to position 9"),
         (tr.Mask.lengths([8, 8, 8]), "lengths for 3 batch entries; the tensors have 2"),

@@ -14,7 +14,7 @@ def head_range(problem: Problem, parts: int, rank: int) -> Range:
 
 def heads_of(problem: Problem, what: str, heads: Range) -> Range:
     """The heads of a kind of rows ("q" or "kv") that some query heads need."""
-    return heads if what == "q" or heads[0] == heads[1] else problem.key_heads(heads)
+    return heads if what == "q" else problem.key_heads(heads)
 
 
 def blocks(problem: Problem, parts: int, rank: int) -> tuple[Range, ...]:

@@ -169,5 +169,7 @@ def _inner_problem(form: Hybrid, problem: Problem, node: int, t: int) -> Problem
     ranks = range(node * form.size, (node + 1) * form.size)
     slots = {what: [problem.own(what, r) for r in ranks] for what in ("q", "kv")}
     slots[MOVING[form.outer]] = [_held(form, problem, r, t) for r in ranks]
-    layouts = [Layout.from_runs([problem.segments(what, slot.pieces) for slot in slots[what]]) for what in ("q", "kv")]
+    layouts = [
+        Layout.of_any_runs([problem.segments(what, slot.pieces) for slot in slots[what]]) for what in ("q", "kv")
+    ]
     return replace(problem, world=form.size, q_layout=layouts[0], kv_layout=layouts[1])

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from functools import lru_cache
 from itertools import accumulate
 
-from tokenring.extremes import extremes
 from tokenring.problem import Problem
+from tokenring.reach import reach, rows_at, wanted_positions
 from tokenring.segments import Range, rows_in, union
 from tokenring.step import Compute, Piece, Slot, cut, pieces
 
@@ -30,7 +30,7 @@ def wanted(problem: Problem, what: str, owner: int, rank: int, half: int | None 
     """
     if half is not None:
         return _among(wanted(problem, what, owner, rank), _half(problem, what, owner, half))
-    if problem.mask.one_sided is not None:
+    if reach(problem, what).exact:
         return _reachable(problem, what, owner, rank, 1)
     if what == "q":
         tiles = problem.tiles(problem.own("q", owner).pieces, problem.own("kv", rank).pieces)
@@ -42,7 +42,7 @@ def wanted(problem: Problem, what: str, owner: int, rank: int, half: int | None 
 @lru_cache(maxsize=65536)
 def wanted_by(problem: Problem, what: str, owner: int, ranks: range) -> Rows:
     """Rows of `owner` that any of some ranks wants."""
-    if problem.mask.one_sided is not None and ranks.step == 1:
+    if _sets_exact(problem, what) and ranks.step == 1:
         return _reachable(problem, what, owner, ranks.start % problem.world, len(ranks)) if ranks else ()
     return union(r for rank in ranks for r in wanted(problem, what, owner, rank % problem.world))
 
@@ -52,7 +52,7 @@ def carried(problem: Problem, what: str, owner: int, way: int, hop: int, half: i
     world = problem.world
     if half is not None:
         return _among(carried(problem, what, owner, way, hop), _half(problem, what, owner, half))
-    if problem.mask.one_sided is not None:
+    if _sets_exact(problem, what):
         first = owner + hop if way > 0 else owner + 1
         return _reachable(problem, what, owner, first % world, world - hop)
     return _still_wanted(problem, what, owner, way)[hop]
@@ -60,7 +60,7 @@ def carried(problem: Problem, what: str, owner: int, way: int, hop: int, half: i
 
 def reached(problem: Problem, what: str, owner: int, way: int, hop: int) -> Rows:
     """The rows of `owner`'s block that it or some rank up to `hop` hops away wants."""
-    if problem.mask.one_sided is not None:
+    if _sets_exact(problem, what):
         first = owner if way > 0 else owner - hop
         return _reachable(problem, what, owner, first % problem.world, hop + 1)
     return _wanted_so_far(problem, what, owner, way)[hop]
@@ -85,27 +85,14 @@ def _joined(a: Rows, b: Rows) -> Rows:
     return union((*a, *b))
 
 
-def _reachable(problem: Problem, what: str, owner: int, first: int, count: int) -> Rows:
-    """`wanted` by any of `count` ranks from `first` on, under a mask of at most one bound.
+def _sets_exact(problem: Problem, what: str) -> bool:
+    table = reach(problem, what)
+    return table.exact and table.sets_exact
 
-    Of such a mask only the outermost position of the others matters: k <= q + upper holds for some q if for the last one.
-    """
-    layout, others = (problem.q_layout, problem.kv_layout) if what == "q" else (problem.kv_layout, problem.q_layout)
-    ends = extremes(others).over(first, count)
-    cell = problem.mask.one_sided
-    if ends is None:
-        return ()
-    lower, upper = cell.lower, cell.upper
-    if what == "q":
-        lower, upper = (None if upper is None else -upper), (None if lower is None else -lower)
-    ranges, row = [], 0
-    for run in layout.segments(owner):
-        start = run.start if lower is None else ends[0] + lower
-        stop = run.last + 1 if upper is None else ends[1] + upper + 1
-        a, b = run.inside(start, stop)
-        ranges.append((row + a, row + b))
-        row += run.count
-    return union(ranges)
+
+def _reachable(problem: Problem, what: str, owner: int, first: int, count: int) -> Rows:
+    """`wanted` by any of `count` ranks from `first` on."""
+    return rows_at(problem.layout(what).segments(owner), wanted_positions(problem, what, first, count))
 
 
 def _half(problem: Problem, what: str, owner: int, half: int) -> Range:
@@ -161,12 +148,8 @@ def block(what: str, name: str, owner: int, rows: Rows) -> Slot:
 
 def in_order(problem: Problem, what: str, blocks: tuple[Piece, ...]) -> tuple[Piece, ...]:
     """Pieces cut at their runs and sorted by position, so that what several ranks send ends as few tiles."""
-    found: list[tuple[int, Piece]] = []
+    layout, found = problem.layout(what), []
     for piece in blocks:
-        row = 0
-        for run in problem.layout(what).segments(piece.owner):
-            first, last = max(piece.start, row), min(piece.stop, row + run.count)
-            if first < last:
-                found.append((run.start + (first - row) * run.stride, Piece(piece.owner, first, last)))
-            row += run.count
+        for row, run in layout.cut(piece.owner, piece.start, piece.stop):
+            found.append((run.start, Piece(piece.owner, row, row + run.count)))
     return tuple(piece for _, piece in sorted(found, key=lambda item: item[0]))

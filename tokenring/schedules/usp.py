@@ -96,7 +96,7 @@ def _rounds(grid: Usp, problem: Problem, rank: int) -> Iterator[Step]:
 
 def _pass_on(grid: Usp, problem: Problem, rank: int, t: int) -> tuple[tuple, tuple, tuple[Slot, ...]]:
     """The keys and values of the group before, own heads: what leaves, what comes, its slot."""
-    heads = problem.key_heads(head_range(problem, grid.u, rank))
+    heads = heads_of(problem, "kv", head_range(problem, grid.u, rank))
     if t == grid.r - 1 or heads[0] == heads[1]:
         return (), (), ()
     ahead, behind = (rank + grid.u) % problem.world, (rank - grid.u) % problem.world
