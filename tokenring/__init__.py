@@ -5,6 +5,7 @@ A schedule is data: `plan` builds it, `attention` runs it, `Plan.check`, `bytes_
 
 from tokenring.agreement import AgreementError, prepare
 from tokenring.api import attention
+from tokenring.cache import KVCache
 from tokenring.decode import decode_attention
 from tokenring.inprocess import run_local
 from tokenring.layout import Layout
@@ -19,6 +20,7 @@ __all__ = [
     "AgreementError",
     "AttentionShape",
     "Event",
+    "KVCache",
     "Layout",
     "Mask",
     "Plan",

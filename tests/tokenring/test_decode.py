@@ -10,6 +10,8 @@ import torch
 import tokenring as tr
 from tests.oracle import dense_attention, random_qkv
 from tests.pool import Pool
+from tokenring.combine import bytes_sent
+from tokenring.dealing import deal, joined
 
 CAPACITY = 9
 
@@ -90,8 +92,16 @@ def test_wrong_caches_are_refused() -> None:
         tr.decode_attention(q, k, v, **(good | {"positions": torch.arange(3)[None]}))
     with pytest.raises(ValueError, match="query heads must be a multiple"):
         tr.decode_attention(q[:, :, :3], k, v, **good)
-    with pytest.raises(ValueError, match='decoding takes "causal" or "full"'):
+    with pytest.raises(ValueError, match="mask is 'window'"):
         tr.decode_attention(q, k, v, mask="window", **good)
+    with pytest.raises(ValueError, match="documents end at position 3; the newest token is at 3"):
+        tr.decode_attention(q[:, :2], k, v, mask=tr.Mask.documents([0, 3]), **good)
+    with pytest.raises(ValueError, match="key axes of their own"):
+        tr.decode_attention(q[:, :2], k, v, mask=tr.Mask.documents([0, 2], [0, 4]), **good)
+    with pytest.raises(ValueError, match="lengths for 2 batch entries; the tensors have 1"):
+        tr.decode_attention(q[:, :2], k, v, mask=tr.Mask.lengths([1, 2]), **good)
+    with pytest.raises(ValueError, match="give lengths and positions of this rank's cache rows, or kv_layout"):
+        tr.decode_attention(q, k, v, lengths=good["lengths"])
     with pytest.raises(ValueError, match="k and v must be alike"):
         tr.decode_attention(q, k[:, :3], v, **good)
     with pytest.raises(ValueError, match="one logit for each of the 4 query heads"):
@@ -102,6 +112,114 @@ def test_wrong_caches_are_refused() -> None:
         tr.decode_attention(q.double(), k, v, **good)
     with pytest.raises(ValueError, match="both must be integers"):
         tr.decode_attention(q, k, v, **(good | {"lengths": torch.tensor([4.0])}))
+
+
+def test_wrong_layouts_are_refused() -> None:
+    q, k, v = random_qkv(1, 4, 4, 2, 8, torch.float32)
+    four = tr.Layout.contiguous(4, 1)
+    with pytest.raises(ValueError, match="leave one of them out"):
+        tr.decode_attention(q, k, v, kv_layout=four, lengths=torch.tensor([4]))
+    with pytest.raises(ValueError, match="gives rank 0 5 rows"):
+        tr.decode_attention(q, k, v, kv_layout=tr.Layout.contiguous(5, 1))
+    with pytest.raises(ValueError, match="kv_layout has 2 ranks"):
+        tr.decode_attention(q, k, v, kv_layout=tr.Layout.contiguous(8, 2))
+    with pytest.raises(ValueError, match="q has 4 queries and kv_layout 3 positions"):
+        tr.decode_attention(q, k, v, kv_layout=tr.Layout.contiguous(3, 1))
+    with pytest.raises(ValueError, match=r"for 1 batch entries; give a tokenring\.Layout, or one for each"):
+        tr.decode_attention(q, k, v, kv_layout=[four, four])
+
+
+NEWEST = 4
+MASKS = {
+    "window": tr.Mask.window(5),
+    "narrow window": tr.Mask.window(1),
+    "both-sided window": tr.Mask.window(3, 2),
+    "documents": tr.Mask.documents([0, 9, 18, 30]),
+    "spans": tr.Mask.spans([(2, 7), (17, 19)]),
+    "lengths": tr.Mask.lengths([19, 13]) & tr.Mask.causal(),
+    "documents & window": tr.Mask.documents([0, 9, 18, 30], causal=False) & tr.Mask.window(4, 1),
+}
+
+
+def decode_masked(group: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: tr.Mask, world: int) -> tuple:
+    """The same cache told by positions in any order, and by a layout of chunks that were dealt."""
+    layout = tr.Layout.contiguous(0, world)
+    for count in (11, 1, 1, 6):
+        chunk = deal([layout.length(r) for r in range(world)], count, offset=layout.total)
+        layout = joined(layout, chunk)
+    rank = group.rank() if group is not None else 0
+    by_layout = tr.decode_attention(
+        q, layout.shard(k, rank), layout.shard(v, rank), group=group, kv_layout=layout, mask=mask, return_lse=True
+    )
+    held = spread(world, [19, 19], seed=world)
+    return by_layout, decode(group, q, k, v, held, {"mask": mask})
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("queries", [1, NEWEST])
+def test_masks_of_every_kind_equal_dense_attention(world: int, kind: str, queries: int) -> None:
+    q, k, v = random_qkv(2, 19, 6, 2, 8, torch.float64)
+    q, mask = q[:, :queries], MASKS[kind]
+    allowed = mask.dense(torch.arange(19 - queries, 19), torch.arange(19))
+    allowed = allowed if allowed.dim() == 3 else allowed.expand(2, -1, -1)
+    for results in tr.run_local(world, decode_masked, q, k, v, mask, world):
+        for out, lse in results:
+            for entry in range(2):
+                one = (x[entry : entry + 1] for x in (q, k, v))
+                want = dense_attention(*one, allowed[entry])
+                torch.testing.assert_close(out[entry : entry + 1], want[0], rtol=0, atol=1e-12)
+                torch.testing.assert_close(lse[entry : entry + 1], want[1], rtol=0, atol=1e-12)
+
+
+def test_a_layout_needs_no_message_but_the_partials() -> None:
+    q, k, v = random_qkv(1, 18, 4, 2, 8, torch.float32)
+    layout = tr.Layout.zigzag(18, 3)
+
+    def work(group: Any) -> tuple[dict, dict]:
+        rows = [layout.shard(x, group.rank()) for x in (k, v)]
+        with tr.count_traffic(group) as traffic:
+            tr.decode_attention(q[:, :2], *rows, group=group, kv_layout=layout, mask=tr.Mask.window(3))
+        return traffic.sent, traffic.control
+
+    for rank, (sent, control) in enumerate(tr.run_local(3, work)):
+        assert sent == {(rank, peer): 2 * 4 * (8 + 1) * 4 for peer in range(3) if peer != rank}
+        assert control == {}
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (6, 1)])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_grouped_heads_softcap_and_sinks(heads: tuple[int, int], queries: int) -> None:
+    q, k, v = random_qkv(2, 14, *heads, 8, torch.float64)
+    layout, sinks = tr.Layout.zigzag(14, 3), torch.linspace(-1, 1, heads[0], dtype=torch.float64)
+    for options in ({}, {"sinks": sinks}, {"softcap": 2.0, "sinks": sinks}):
+        allowed = tr.Mask.causal().dense(torch.arange(14 - queries, 14), torch.arange(14))
+        want, _ = dense_attention(q[:, :queries], k, v, allowed, **options)
+
+        def work(group: Any, options: dict = options) -> torch.Tensor:
+            rows = (layout.shard(x, group.rank()) for x in (k, v))
+            return tr.decode_attention(q[:, :queries], *rows, group=group, kv_layout=layout, **options)
+
+        for out in tr.run_local(3, work):
+            torch.testing.assert_close(out, want, rtol=0, atol=1e-12)
+
+
+def test_many_queries_take_the_way_of_two_rounds_and_end_with_the_same_bits(pool: Pool) -> None:
+    q, k, v = random_qkv(1, 400, 16, 4, 32, torch.float32)
+    layout = tr.Layout.zigzag(400, 4)
+    results = pool.run(4, _counted, q[:, :380], k, v, layout)
+    want, _ = dense_attention(q[:, :380], k, v, tr.Mask.causal().dense(torch.arange(20, 400), torch.arange(400)))
+    for rank, (out, sent) in enumerate(results):
+        torch.testing.assert_close(out.double(), want, rtol=0, atol=1e-5)
+        assert torch.equal(out, results[0][0])
+        assert sent == {p: n for p, n in bytes_sent("scatter", 4, 380 * 16, 32, 4, 4).items() if p[0] == rank}
+
+
+def _counted(group: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: tr.Layout) -> tuple:
+    rows = (layout.shard(x, group.rank()) for x in (k, v))
+    with tr.count_traffic(group) as traffic:
+        out = tr.decode_attention(q, *rows, group=group, kv_layout=layout)
+    return out, traffic.sent
 
 
 def test_no_queries_give_no_rows() -> None:

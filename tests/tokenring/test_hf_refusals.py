@@ -7,16 +7,14 @@ import torch
 from transformers import (
     AttentionInterface,
     DynamicCache,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+from transformers.masking_utils import and_masks, causal_mask_function, chunked_overlay, sliding_window_overlay
 
-from tests.tokenring.hf_models import SIZES, build, prompt, spread
-from tokenring import Layout, connect, run_local
+from tests.tokenring.hf_models import build, prompt, spread
+from tokenring import Layout, Mask, connect, run_local
+from tokenring.integrations.hf_checks import mask_of
 from tokenring.integrations.huggingface import SpreadCache, register, sequence_parallel
 
 FOUR_ROWS = Layout.contiguous(4, 1)
@@ -121,20 +119,39 @@ def test_dropout_in_training_is_refused():
         model(input_ids=prompt(4), position_ids=FOUR)
 
 
-def test_sliding_windows_are_refused():
-    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, **SIZES}
-    qwen = Qwen2ForCausalLM(Qwen2Config(use_sliding_window=True, sliding_window=4, max_window_layers=1, **sizes))
+def test_layers_of_other_kinds_are_refused():
+    model = build()
+    model.config.layer_types = ["full_attention", "chunked_attention"]
     with (
-        pytest.raises(ValueError, match="has sliding_attention layers"),
-        sequence_parallel(qwen, None, Layout.contiguous(4, 1)),
+        pytest.raises(ValueError, match="has chunked_attention layers"),
+        sequence_parallel(model, None, Layout.contiguous(4, 1)),
     ):
         pass
-    mistral = MistralForCausalLM(MistralConfig(sliding_window=4, **sizes)).eval()
-    with (
-        sequence_parallel(mistral, None, Layout.contiguous(4, 1)),
-        pytest.raises(ValueError, match="sliding window"),
-    ):
-        mistral(input_ids=prompt(4), position_ids=FOUR)
+
+
+def test_only_causal_masks_and_windows_of_the_span_that_is_named_are_taken():
+    window = and_masks(sliding_window_overlay(5), causal_mask_function)
+    assert mask_of(causal_mask_function, None, True) is None
+    assert mask_of(window, 5, True) == Mask.window(4)
+    assert mask_of(and_masks(sliding_window_overlay(1), causal_mask_function), 1, True) == Mask.window(0)
+    blocks = and_masks(chunked_overlay(5, torch.zeros(1, dtype=torch.long)), causal_mask_function)
+    both_ways = sliding_window_overlay(5)
+    cases = ((window, 4, True), (window, 6, True), (window, None, True), (window, 5, False), (blocks, 5, True))
+    for asked, span, plain in (*cases, (both_ways, 5, True), (causal_mask_function, None, False)):
+        with pytest.raises(ValueError, match="other than plain causal or a sliding window"):
+            mask_of(asked, span, plain)
+
+
+def test_a_window_that_only_some_speak_of_is_refused():
+    model = build("mistral")
+    rows = torch.ones(1, 4, 4, 8, dtype=torch.float64)
+    with torch.no_grad(), sequence_parallel(model, None, Layout.contiguous(4, 1)):
+        attend = AttentionInterface._global_mapping["tokenring"]
+        with pytest.raises(ValueError, match="attention is called with a sliding window of 6 and the model's mask"):
+            attend(model.model.layers[0].self_attn, rows, rows, rows, None, sliding_window=6)
+        model.config.sliding_window = 3
+        with pytest.raises(ValueError, match="the cache keeps rows with a sliding window of 6"):
+            model(input_ids=prompt(4), position_ids=FOUR, past_key_values=SpreadCache(None, None))
 
 
 def test_models_and_layouts_that_cannot_be_spread_are_refused():

@@ -5,16 +5,23 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers.masking_utils import causal_mask_function
 
 from tokenring.integrations.hf_cache import SpreadCache
 from tokenring.layout import Layout
+from tokenring.mask import Mask
 from tokenring.transport import connect
 
 
-def check_layout(layout: Layout, world: int) -> None:
+def check_layout(layout: Layout | None, world: int) -> None:
+    if layout is None:
+        return
     if not isinstance(layout, Layout):
-        raise ValueError(f"layout is {layout!r}; give a tokenring.Layout, for instance Layout.zigzag(length, {world})")
+        raise ValueError(
+            f"layout is {layout!r}; give a tokenring.Layout, for instance Layout.zigzag(length, {world}), or None"
+        )
     if layout.world != world:
         raise ValueError(f"layout is for {layout.world} ranks and the group has {world}")
     empty = [r for r in range(world) if layout.length(r) == 0]
@@ -54,18 +61,23 @@ def spread_cache(cache: Any, context: Any) -> SpreadCache | None:
         raise ValueError(
             f"past_key_values is a {type(cache).__name__}; inside sequence_parallel give a SpreadCache(layout, group)"
         )
+    layout = context.layout
     same_group = cache.group is context.group or connect(cache.group) is connect(context.group)
-    if cache.layout != context.layout or not same_group:
-        raise ValueError("past_key_values was made for another layout or group than sequence_parallel")
-    return cache
-
-
-def check_rows(rows: int, context: Any) -> None:
-    expected = context.layout.length(context.rank)
-    if rows != expected:
+    if cache.prefilled:
+        taken = cache.cuts.get(layout.offset) if layout is not None else None
+        fits = layout is None or layout == taken or layout.offset == cache.ledger.stop
+    else:
+        fits = layout is None or cache.layout in (None, layout)
+    if not same_group or not fits:
         raise ValueError(
-            f"rank {context.rank} got {rows} rows; the layout gives it {expected}: cut the whole with layout.shard"
+            "past_key_values was made for another layout or group than sequence_parallel: give the cache's own layout, or for a "
+            f"further prompt cache.deal(rows), which starts at {cache.ledger.stop}"
         )
+    if cache.prefilled and dict(cache.windows) != context.windows:
+        raise ValueError(
+            "past_key_values was filled by a model with other sliding windows; use one cache for each model"
+        )
+    return cache
 
 
 def check_padding(mask: Any) -> None:
@@ -80,18 +92,54 @@ def check_padding(mask: Any) -> None:
         )
 
 
-def check_positions(position_ids: Tensor, context: Any) -> None:
+def check_positions(position_ids: Tensor, chunk: Layout, rank: int, start: int) -> None:
     """Packed documents start again at 0, so a row's position falls below its place in the sequence. Gaps are legal."""
     if position_ids.ndim == 3 and position_ids.shape[0] != 4:
         return  # M-RoPE without text positions: its axes say nothing about documents
     text = position_ids[0] if position_ids.ndim == 3 else position_ids
-    places = (context.layout.positions(context.rank) - context.layout.offset).to(text.device)
+    places = (chunk.positions(rank) - start).to(text.device)
     order = places.argsort()
     if text.shape[-1] != places.numel():
-        raise ValueError(f"position_ids has {text.shape[-1]} entries for {places.numel()} rows on rank {context.rank}")
+        raise ValueError(f"position_ids has {text.shape[-1]} entries for {places.numel()} rows on rank {rank}")
     text = text[:, order]
     if bool((text < places[order]).any()) or bool((text.diff(dim=-1) <= 0).any()):
         raise ValueError(
             "position_ids start again or fall behind the rows' places in the sequence: packed documents cannot be "
-            "honoured yet, and positions must be global, not counted from 0 on each rank"
+            "honoured yet, and positions must be global, not counted from 0 on each rank or in each prompt"
         )
+
+
+def windows_of(config: Any) -> dict[int, int]:
+    """Of each layer with a sliding window, how many positions it spans, as far as the model's configuration says."""
+    window = getattr(config, "sliding_window", None)
+    if window is None:
+        return {}
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return {layer: window for layer, kind in enumerate(kinds) if kind == "sliding_attention"}
+
+
+def mask_of(mask_function: Any, window: int | None, plain: bool) -> Mask | None:
+    """What a model asks for, as a mask; None for plain causal.
+
+    Args:
+        mask_function: of transformers, true where a query index may attend to a key index.
+        window: how many positions a sliding window spans, if there is one.
+        plain: whether nothing was laid over it.
+    """
+    if plain and mask_function is causal_mask_function:
+        return None
+    if plain and window is not None and _is_window(mask_function, window):
+        return Mask.window(window - 1)
+    raise ValueError(
+        "the model asks for a mask other than plain causal or a sliding window (chunks, packed documents or an overlay), "
+        'which attention "tokenring" cannot honour'
+    )
+
+
+def _is_window(mask_function: Any, window: int) -> bool:
+    """Whether it is causal and slides: probed at the queries where a window of this span shows its edges."""
+    keys = torch.arange(2 * window + 2)[None]
+    queries = torch.tensor([0, window - 1, window, 2 * window])[:, None]
+    zero = torch.zeros((), dtype=torch.int64)
+    allowed = mask_function(zero, zero, queries, keys)
+    return bool(torch.equal(allowed, Mask.window(window - 1).dense(queries[:, 0], keys[0])))

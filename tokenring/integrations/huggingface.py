@@ -1,41 +1,43 @@
 """transformers models over several ranks, through transformers' own public interfaces and nothing else.
 
+    with sequence_parallel(model, group):
+        text = model.generate(ids, past_key_values=SpreadCache(None, group), max_new_tokens=20)
+
+or with every step in your own hands:
+
     with sequence_parallel(model, group, layout):
         cache = SpreadCache(layout, group)
         hidden = model(input_ids=layout.shard(ids, rank), position_ids=layout.shard(positions, rank), past_key_values=cache)
         ...                                                     # then one token at a time, the same on every rank
+    with sequence_parallel(model, group, cache.deal(rows)):     # a further prompt on top of what the cache holds
+        ...
 
-Inside the block attention is `tokenring.attention` (prompt) and `tokenring.decode_attention` (later tokens), chosen through
+Inside the block attention is `tokenring.attention` (prompts) and `tokenring.decode_attention` (a few tokens), chosen through
 `AttentionInterface.register` and `AttentionMaskInterface.register`. One context object on each of the model's own attention
-modules says which group and layout; it and the two forward pre-hooks are gone when the block ends. What cannot be honoured
-(padding, sliding windows, packed documents, dropout, attention maps) raises ValueError; nothing is dropped.
+modules says which group and layout; it and the hooks are gone when the block ends. What cannot be honoured (padding, packed
+documents, dropout, attention maps, masks that are neither causal nor a sliding window) raises ValueError; nothing is dropped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
 import tokenring as tr
 from tokenring.integrations.hf_cache import SpreadCache
-from tokenring.integrations.hf_checks import (
-    check_call,
-    check_layout,
-    check_padding,
-    check_positions,
-    check_rows,
-    named,
-    spread_cache,
-)
+from tokenring.integrations.hf_checks import check_call, check_layout, check_padding, mask_of, windows_of
+from tokenring.integrations.hf_rows import Context, Enter, Leave
 from tokenring.layout import Layout
+from tokenring.mask import Mask
 from tokenring.transport import connect
+
+if TYPE_CHECKING:
+    from tokenring.topology import Topology
 
 NAME = "tokenring"
 _ATTRIBUTE = "tokenring_context"
@@ -50,20 +52,11 @@ _HARMLESS = frozenset(
         "return_dict",
         "logits_to_keep",
         "num_items_in_batch",
+        "sliding_window",  # `_checked_mask` reads it
     }
 )
 
 __all__ = ["NAME", "SpreadCache", "register", "sequence_parallel"]
-
-
-@dataclass
-class _Context:
-    group: Any
-    rank: int
-    layout: Layout
-    schedule: str
-    cache: SpreadCache | None = None
-    decoding: bool = False
 
 
 def register() -> None:
@@ -73,20 +66,34 @@ def register() -> None:
 
 
 @contextmanager
-def sequence_parallel(model: nn.Module, group: Any, layout: Layout, schedule: str = "auto") -> Iterator[nn.Module]:
+def sequence_parallel(
+    model: nn.Module,
+    group: Any,
+    layout: Layout | None = None,
+    schedule: str = "auto",
+    *,
+    topology: Topology | None = None,
+    cut_from: int = 128,
+) -> Iterator[nn.Module]:
     """Run a decoder model of transformers with its rows cut over the ranks of `group`.
 
     Inside the block every rank calls the model with its own rows: `input_ids` or `inputs_embeds` (B, layout.length(rank)),
     `position_ids` (B, rows), or (3, B, rows) for M-RoPE, and `past_key_values` a `SpreadCache` of the same layout and group,
-    or nothing. The hidden states and logits are those of the same rows on one rank. With a cache that holds the prompt, a
-    call brings new tokens instead, the same on every rank, and gives the same result on every rank.
+    or nothing. The hidden states and logits are those of the same rows on one rank. Or every rank gives all rows, as
+    `model.generate` does: they are cut here, and the result has all rows, on every rank.
+
+    Once the layout's rows are in the cache, a call brings new rows, the same on every rank, with the same result on every
+    rank. For a further prompt cut by the caller, enter a new block with `cache.deal(rows)`. Ranks that draw tokens at random
+    must be seeded alike.
 
     Args:
-        model: a model whose causal attention goes through transformers' AttentionInterface (Llama, Qwen2, Qwen3, SmolLM,
-            and the text models of Qwen2.5-VL, Qwen3-VL, LLaVA-OneVision); text models inside larger ones are found.
+        model: a model whose causal attention goes through transformers' AttentionInterface (Llama, Mistral, Qwen2, Qwen3,
+            SmolLM, and the text models of Qwen2.5-VL, Qwen3-VL, LLaVA-OneVision); text models inside larger ones are found.
         group: ProcessGroup, 1-D DeviceMesh, LocalGroup or None.
-        layout: which row of the prompt each rank holds; every rank at least one.
+        layout: which row of the prompt each rank holds; every rank at least one. None: rows come whole, and are dealt.
         schedule: as in `tokenring.attention`.
+        topology: as in `tokenring.attention` and `tokenring.decode_attention`.
+        cut_from: so many new rows, given whole on top of a cache, are cut over the ranks; fewer are computed whole on each.
 
     Raises:
         ValueError: for a model, layout or call that cannot be honoured, with the reason.
@@ -94,6 +101,7 @@ def sequence_parallel(model: nn.Module, group: Any, layout: Layout, schedule: st
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
     ...                                      num_attention_heads=2, num_key_value_heads=1)).eval()
+    >>> import torch
     >>> ids, positions = torch.tensor([[1, 5, 2]]), torch.arange(3)[None]
     >>> with torch.no_grad(), sequence_parallel(model, None, Layout.contiguous(3, 1)):
     ...     model(input_ids=ids, position_ids=positions).logits.shape
@@ -101,9 +109,13 @@ def sequence_parallel(model: nn.Module, group: Any, layout: Layout, schedule: st
     """
     runtime = connect(group)
     check_layout(layout, runtime.world)
+    if cut_from < 1:
+        raise ValueError(f"cut_from is {cut_from}; give 1 or more rows")
     text_model, modules = _find(model)
     former = text_model.config._attn_implementation
-    context = _Context(group, runtime.rank, layout, schedule)
+    options = {"schedule": schedule, "topology": topology}
+    windows = windows_of(text_model.config)
+    context = Context(group, runtime.rank, runtime.world, layout, cut_from, options, windows)
     register()
     with ExitStack() as undo:
         undo.callback(text_model.set_attn_implementation, former)
@@ -117,8 +129,8 @@ def sequence_parallel(model: nn.Module, group: Any, layout: Layout, schedule: st
             undo.callback(delattr, module, _ATTRIBUTE)
             setattr(module, _ATTRIBUTE, context)
         undo.callback(model.register_forward_pre_hook(check_call, with_kwargs=True).remove)
-        hook = text_model.register_forward_pre_hook(_Enter(context), with_kwargs=True)
-        undo.callback(hook.remove)
+        undo.callback(text_model.register_forward_pre_hook(Enter(context), with_kwargs=True).remove)
+        undo.callback(text_model.register_forward_hook(Leave(context)).remove)
         yield model
 
 
@@ -133,9 +145,11 @@ def _find(model: nn.Module) -> tuple[PreTrainedModel, list[nn.Module]]:
         raise ValueError(f"{type(model).__name__} is already inside sequence_parallel; leave that block first")
     config = modules[0].config
     owners = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.config is config]
-    kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
     if kinds:
-        raise ValueError(f"{type(model).__name__} has {kinds[0]} layers; only full causal attention can be spread")
+        raise ValueError(
+            f"{type(model).__name__} has {kinds[0]} layers; only full and sliding causal attention can be spread"
+        )
     if not owners or len(modules) != config.num_hidden_layers or any(m.config is not config for m in modules):
         raise ValueError(
             f"{type(model).__name__} has {len(modules)} causal attention modules for {config.num_hidden_layers} layers; "
@@ -152,40 +166,10 @@ def _is_decoder_attention(module: nn.Module) -> bool:
     )
 
 
-class _Enter:
-    """Pre-hook of the text model: check what it was handed, and tell the attention modules prompt from later tokens."""
-
-    def __init__(self, context: _Context) -> None:
-        self.context = context
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict]:
-        context, call = self.context, named(module, args, kwargs)
-        rows = call["inputs_embeds"] if call.get("inputs_embeds") is not None else call["input_ids"]
-        cache = spread_cache(call.get("past_key_values"), context)
-        context.cache, context.decoding = cache, cache is not None and cache.prefilled
-        if call.get("output_attentions") or getattr(module.config, "output_attentions", False):
-            raise ValueError("output_attentions cannot be honoured: tokenring never holds an attention map")
-        check_padding(call.get("attention_mask"))
-        if call.get("position_ids") is None:
-            raise ValueError("position_ids is missing; give this rank's own, layout.shard(position_ids, rank)")
-        if not context.decoding:
-            check_rows(rows.shape[1], context)
-            check_positions(call["position_ids"], context)
-        # transformers looks for packed documents in position_ids only where no mask and no cache is given, and would
-        # take a zigzag shard, whose positions jump, for two documents.
-        call["attention_mask"] = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
-        call["use_cache"] = cache is not None
-        return (), call
-
-
-def _mask(*, mask_function: Any = causal_mask_function, **kwargs: Any) -> None:
-    """The mask function: plain causal needs no tensor, everything else is refused."""
-    if mask_function is not causal_mask_function or not kwargs.get("allow_is_causal_skip", True):
-        raise ValueError(
-            "the model asks for a mask other than plain causal (sliding window, chunks, packed documents or an overlay), "
-            'which attention "tokenring" cannot honour'
-        )
+def _mask(*, mask_function: Any = causal_mask_function, **kwargs: Any) -> Mask | None:
+    """The mask function: no tensor, but the mask as a value, which the layers hand down to `_attention`."""
     check_padding(kwargs.get("attention_mask"))
+    return mask_of(mask_function, kwargs.get("local_size"), kwargs.get("allow_is_causal_skip", True))
 
 
 def _attention(
@@ -193,7 +177,7 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Mask | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
@@ -206,18 +190,38 @@ def _attention(
             "layout); wrap the call in it"
         )
     options = _options(module, attention_mask, dropout, kwargs)
-    options |= {"group": context.group, "scale": scaling, "mask": "causal"}
-    if context.decoding:
-        keys, values, lengths, positions = context.cache.local(module.layer_idx)
-        out = tr.decode_attention(query.transpose(1, 2), keys, values, lengths=lengths, positions=positions, **options)
-        return out, None
-    rows = (x.transpose(1, 2) for x in (query, key, value))
-    return tr.attention(*rows, layout=context.layout, schedule=context.schedule, **options), None
+    options |= {"scale": scaling, "mask": _checked_mask(module, attention_mask, kwargs.get("sliding_window"), context)}
+    q, layer = query.transpose(1, 2), None if context.cache is None else context.cache.layers[module.layer_idx]
+    if context.chunk is None:
+        return layer.store.decode(q, topology=context.options["topology"], **options), None
+    options |= context.options
+    if context.continued:
+        out = layer.store.attention(q, context.chunk, **options)
+    else:
+        rows = (q, key.transpose(1, 2), value.transpose(1, 2))
+        out = tr.attention(*rows, group=context.group, layout=context.chunk, **options)
+    if layer is not None:
+        layer.trim()
+    return out, None
 
 
-def _options(module: nn.Module, mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> dict[str, Any]:
-    if mask is not None:
-        raise ValueError(f"attention got a mask tensor {tuple(mask.shape)}; only plain causal can be honoured")
+def _checked_mask(module: nn.Module, mask: Mask | None, window: int | None, context: Context) -> Mask:
+    """The mask of a layer, if all that speak of a window say the same."""
+    asked = Mask.causal() if mask is None else mask
+    kept = context.windows.get(module.layer_idx) if context.cache is not None else None
+    for said, who in ((window, "attention is called"), (kept, "the cache keeps rows")):
+        if said is not None and asked != Mask.window(said - 1):
+            raise ValueError(
+                f"layer {module.layer_idx}: {who} with a sliding window of {said} and the model's mask is another; such a model "
+                'cannot be honoured by attention "tokenring"'
+            )
+    return asked
+
+
+def _options(module: nn.Module, mask: Any, dropout: float, kwargs: dict[str, Any]) -> dict[str, Any]:
+    if mask is not None and not isinstance(mask, Mask):
+        shown = f"a mask tensor {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__} as mask"
+        raise ValueError(f"attention got {shown}; only plain causal and sliding windows can be honoured")
     if dropout:
         raise ValueError(
             f"attention dropout {dropout} cannot be honoured; call model.eval() or set attention_dropout=0"
