@@ -14,6 +14,8 @@ from tokenring.mask import Mask
 from tokenring.plan import Plan
 from tokenring.planning import plan
 from tokenring.shape import AttentionShape
+from tokenring.simulation.timeline import Timeline
+from tokenring.topology import Topology
 from tokenring.transport import Event, Trace, Traffic, TransportError, connect, count_traffic, trace
 
 __all__ = [
@@ -24,6 +26,8 @@ __all__ = [
     "Layout",
     "Mask",
     "Plan",
+    "Timeline",
+    "Topology",
     "Trace",
     "Traffic",
     "TransportError",

@@ -1,13 +1,15 @@
-"""Which schedule: for now the one whose busiest rank moves the fewest bytes; on a tie the one that needs the least memory.
+"""Which schedule "auto" takes.
 
-The rule is exact in bytes and blind to links: it takes every link for equal and shared. A choice by measured or described
-links (Topology) builds on the same plans.
+With a topology, the one whose simulated time is least (`tokenring.simulation`): every flat schedule, and the meshes, Ulysses
+forms and, between nodes, hybrids that fit the world. Without one, the flat schedule whose busiest rank moves the fewest bytes:
+exact in bytes and blind to links, as if all were equal and shared. On a tie the one that needs the least memory.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from math import sqrt
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 PREFERENCE = ("ring", "biring", "tokenring", "gather")
 BACKWARD_PREFERENCE = ("ring:direct", "biring", "tokenring", "gather")
 SAMPLED_RANKS = 32
+SAMPLED_STEPS = 2048
+"""Ranks looked at times the world, which is about what building their plans costs; four ranks at least."""
+MOST_OF_A_KIND = 2
 
 
 @lru_cache(maxsize=1024)
@@ -36,14 +41,51 @@ def choose_plan(
     topology: Topology | None = None,
 ) -> Plan:
     """The plan of a schedule by name, or of the one that "auto" picks, in the problem's direction."""
-    preference = BACKWARD_PREFERENCE if problem.backward else PREFERENCE
+    if topology is not None and topology.world != problem.world:
+        raise ValueError(
+            f"the topology has {topology.world} ranks and the call {problem.world}; give one of the same world"
+        )
     if schedule != "auto":
         return _plan(schedule, problem, shape, partial_dtype)
+    if topology is not None:
+        return _quickest(problem, shape, partial_dtype, topology)
+    preference = BACKWARD_PREFERENCE if problem.backward else PREFERENCE
     plans = {name: _plan(name, problem, shape, partial_dtype) for name in preference}
     busiest = {name: _busiest(plan) for name, plan in plans.items()}
     best = min(preference, key=lambda name: busiest[name])
     why = "auto: the busiest rank sends and receives " + ", ".join(f"{busiest[n]} bytes with {n}" for n in preference)
     return replace(plans[best], why=why)
+
+
+def candidates(problem: Problem, topology: Topology) -> tuple[str, ...]:
+    """The schedules that "auto" compares on a topology, those of least memory first."""
+    world, group = problem.world, problem.q_heads / problem.kv_heads
+    names = [*(BACKWARD_PREFERENCE if problem.backward else PREFERENCE)]
+    sizes = [size for size in range(2, world) if world % size == 0]
+    best_mesh = sorted(sizes, key=lambda a: abs(a - sqrt(world / group)))[:MOST_OF_A_KIND]
+    names += [f"mesh:{a}x{world // a}" for a in best_mesh]
+    if world > 1 and problem.q_heads >= world:
+        names.append("ulysses")
+    by_heads = [size for size in sizes if size <= problem.q_heads]
+    names += [
+        f"usp:{u}x{world // u}" for u in sorted(by_heads, key=lambda u: abs(u - problem.kv_heads))[:MOST_OF_A_KIND]
+    ]
+    if topology.kind == "nodes" and 1 < topology.intra.world < world:
+        inner = ("ring:direct" if problem.backward else "ring", "tokenring", "gather")
+        names += [f"hybrid:ring/{each}@{topology.intra.world}" for each in inner]
+        names.append(f"hybrid:tokenring/tokenring@{topology.intra.world}")
+    return tuple(names)
+
+
+def _quickest(problem: Problem, shape: AttentionShape, partial_dtype: torch.dtype | None, topology: Topology) -> Plan:
+    from tokenring.simulation.simulate import simulate
+
+    plans = {name: _plan(name, problem, shape, partial_dtype) for name in candidates(problem, topology)}
+    seconds = {name: simulate(plan, topology).seconds for name, plan in plans.items()}
+    best = min(plans, key=lambda name: seconds[name])
+    listed = ", ".join(f"{name} {1e3 * seconds[name]:.4g} ms" for name in sorted(plans, key=lambda name: seconds[name]))
+    links = f"{topology.kind} of {topology.world} at {topology.gbytes_per_s:.4g} GB/s"
+    return replace(plans[best], why=f"auto: modelled on {links}: {listed}")
 
 
 def _plan(name: str, problem: Problem, shape: AttentionShape, partial_dtype: torch.dtype | None) -> Plan:
@@ -59,16 +101,13 @@ def check_name(schedule: str, world: int, backward: bool) -> None:
 
 
 def _busiest(plan: Plan) -> int:
-    """Bytes through the busiest of all ranks, or of `SAMPLED_RANKS` evenly spread ones where there are more."""
+    """Bytes through the busiest of all ranks, or of some evenly spread ones in a larger world."""
     world = plan.world
-    ranks = (
-        {i * (world - 1) // max(1, SAMPLED_RANKS - 1) for i in range(SAMPLED_RANKS)}
-        if world > SAMPLED_RANKS
-        else range(world)
-    )
-    return max(
-        sum(_moved(plan, transfers) for step in plan.steps(rank) for transfers in _both_ways(step)) for rank in ranks
-    )
+    count = min(world, SAMPLED_RANKS, max(4, SAMPLED_STEPS // world))
+    ranks = {i * (world - 1) // max(1, count - 1) for i in range(count)}
+    # A large world's plans are looked at and dropped: kept, they would only weigh on the garbage collector.
+    built = (plan.steps(rank) if world <= SAMPLED_RANKS else plan.builder(plan.problem, rank) for rank in ranks)
+    return max(sum(_moved(plan, transfers) for step in steps for transfers in _both_ways(step)) for steps in built)
 
 
 def _both_ways(step: Step) -> tuple[tuple[Transfer, ...], ...]:

@@ -16,6 +16,8 @@ from tokenring.step import Step, Transfer
 
 if TYPE_CHECKING:
     from tokenring.check import Report
+    from tokenring.simulation.timeline import Timeline
+    from tokenring.topology import Topology
 
 Builder = Callable[[Problem, int], tuple[Step, ...]]
 
@@ -88,8 +90,14 @@ class Plan:
 
         return check(self)
 
-    def explain(self) -> str:
-        """A table of steps, bytes and tiles per rank, and why the schedule was chosen."""
+    def simulate(self, topology: Topology, *, exact: bool | None = None) -> Timeline:
+        """How long the plan takes on a topology, modelled: `.seconds`, and the time of every rank and link."""
+        from tokenring.simulation.simulate import simulate
+
+        return simulate(self, topology, exact=exact)
+
+    def explain(self, topology: Topology | None = None) -> str:
+        """A table of steps, bytes and tiles per rank, and why the schedule was chosen; with a topology the modelled times."""
         lines = [
             f"schedule {self.schedule} ({self.direction}), {self.world} ranks" + (f": {self.why}" if self.why else "")
         ]
@@ -105,7 +113,7 @@ class Plan:
                 f"{rank:>4} {len(steps):>5} {len(sends):>8} {sum(to.values()):>12} {len(tiles):>5} "
                 f"{sum(t.pairs() for t in tiles):>14}   {', '.join(f'{d}: {b}' for d, b in to.items()) or '-'}"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, self.simulate(topology).describe()] if topology is not None else lines)
 
 
 @lru_cache(maxsize=4096)

@@ -1,0 +1,1 @@
+"""An event simulation of a plan on a topology."""
