@@ -1,8 +1,9 @@
 """One persistent pool of worker processes for every multi-rank test.
 
 Eight processes join one gloo group when the first test asks; a test runs `function(group, *args)` on the first `world` of
-them, on a subgroup that is made once. Starting them costs seconds, a task milliseconds. After a failure the pool is thrown
-away, because a broken group must not leak into the next test.
+them, on a subgroup that is made once. They are forked from one server that has imported torch, so that a pool starts in a
+fraction of a second; a task costs milliseconds. After a failure the pool is thrown away, because a broken group must not
+leak into the next test; so it is after a task that was meant to end a worker.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import multiprocessing as mp
 import shutil
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,16 @@ class WorkerError(AssertionError):
 class Pool:
     """Workers that outlive tests."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: int = MAX_WORLD) -> None:
+        self.workers = workers
         self._pipes: list[Any] = []
         self._workers: list[Any] = []
 
-    def run(self, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """`function(group, *args)` on ranks 0 to world-1; results in rank order. `function` lives in a module."""
+    def run(self, world: int, function: Callable[..., Any], *args: Any, ends: Collection[int] = ()) -> list[Any]:
+        """`function(group, *args)` on ranks 0 to world-1; results in rank order. `function` lives in a module.
+
+        ends: ranks whose process is to end in the task; their result is its exit code.
+        """
         if not self._workers:
             self._start()
         for pipe in self._pipes[:world]:
@@ -45,10 +50,13 @@ class Pool:
             try:
                 answers.append(pipe.recv())
             except EOFError:
-                answers.append((False, f"worker {rank} ended with exit code {self._workers[rank].exitcode}"))
+                self._workers[rank].join()
+                code = self._workers[rank].exitcode
+                answers.append((True, code) if rank in ends else (False, f"worker {rank} ended with exit code {code}"))
         failures = [f"rank {rank} of {world}:\n{text}" for rank, (good, text) in enumerate(answers) if not good]
-        if failures:
+        if failures or ends:
             self.stop()
+        if failures:
             raise WorkerError("\n".join(failures))
         return [value for _, value in answers]
 
@@ -62,27 +70,27 @@ class Pool:
         self._pipes, self._workers = [], []
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed", "tests.oracle", "tokenring"])
         self._store = Path(tempfile.mkdtemp(prefix="pool-")) / "store"
-        for rank in range(MAX_WORLD):
+        for rank in range(self.workers):
             mine, theirs = context.Pipe()
-            worker = context.Process(target=_work, args=(rank, self._store, theirs), daemon=True)
+            worker = context.Process(target=_work, args=(rank, self.workers, self._store, theirs), daemon=True)
             worker.start()
             theirs.close()
             self._pipes.append(mine)
             self._workers.append(worker)
 
 
-def _work(rank: int, store: Path, pipe: Any) -> None:
+def _work(rank: int, workers: int, store: Path, pipe: Any) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     limit = timedelta(seconds=TASK_SECONDS)
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(str(store), MAX_WORLD), rank=rank, world_size=MAX_WORLD, timeout=limit
-    )
-    groups = {world: dist.new_group(list(range(world)), timeout=limit) for world in range(1, MAX_WORLD + 1)}
+    files = dist.FileStore(str(store), workers)
+    dist.init_process_group("gloo", store=files, rank=rank, world_size=workers, timeout=limit)
+    groups = {world: dist.new_group(list(range(world)), timeout=limit) for world in range(1, workers + 1)}
     while True:
         try:
             world, function, args = pipe.recv()

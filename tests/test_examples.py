@@ -13,7 +13,12 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 @pytest.mark.parametrize(
     ("name", "ranks", "said"),
-    [("attention_over_ranks", 3, "as planned"), ("huggingface_over_ranks", 2, "as one rank does")],
+    [
+        ("attention_over_ranks", 3, "as planned"),
+        ("huggingface_over_ranks", 2, "as one rank does"),
+        ("fsdp2_over_ranks", 4, "the same curve"),
+        ("megatron_over_ranks", 2, "as one rank alone"),
+    ],
 )
 def test_example(name: str, ranks: int, said: str, tmp_path: Path) -> None:
     torchrun = [

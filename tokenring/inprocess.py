@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenring.transport import Message, Transport, TransportError
+from tokenring.transport import CONTROL_LANE, Message, Transport, TransportError
 
 
 class LocalWorld:
@@ -26,16 +26,17 @@ class LocalWorld:
         self.world = world
         self.changed = threading.Condition()
         self.mail: dict[tuple[int, int, int], deque[Tensor]] = defaultdict(deque)
-        self.failed: BaseException | None = None
+        self.word: str | None = None
+        """What the first rank that failed said."""
 
     def groups(self) -> list[LocalGroup]:
         """One handle for each rank, to be passed as `group=`."""
         return [LocalGroup(self, rank) for rank in range(self.world)]
 
-    def fail(self, error: BaseException) -> None:
-        """Wake every waiting rank: a peer is gone."""
+    def tell(self, text: str) -> None:
+        """A rank failed: wake every rank that waits."""
         with self.changed:
-            self.failed = self.failed or error
+            self.word = self.word or text
             self.changed.notify_all()
 
 
@@ -75,32 +76,42 @@ class LocalTransport(Transport):
             self._shared.changed.notify_all()
 
     def _wait(self, lane: int, step: int) -> None:
+        deadline = time.monotonic() + self.timeout_seconds
         for (peer, posted_lane), queue in self._posted.items():
             while posted_lane == lane and any(posted_step == step for posted_step, _ in queue):
-                self._fill(peer, lane, *queue.popleft())
+                self._fill(peer, lane, *queue.popleft(), deadline)
 
-    def _fill(self, peer: int, lane: int, step: int, tensor: Tensor) -> None:
-        message = self._take(peer, lane, step)
+    def _fill(self, peer: int, lane: int, step: int, tensor: Tensor, deadline: float) -> None:
+        place = f"header of call {self.calls}" if lane == CONTROL_LANE else f"step {step}"
+        where = f"rank {self.rank} of {self.world}, {place}"
+        message = self._take(peer, lane, f"{where}: receive from rank {peer}", deadline)
         if message.shape != tensor.shape or message.dtype != tensor.dtype:
             raise TransportError(
-                f"rank {self.rank} of {self.world}, step {step}: rank {peer} sent {tuple(message.shape)} {message.dtype}, "
+                f"{where}: rank {peer} sent {tuple(message.shape)} {message.dtype}, "
                 f"expected {tuple(tensor.shape)} {tensor.dtype}"
             )
         tensor.copy_(message)
 
-    def _take(self, peer: int, lane: int, step: int) -> Tensor:
-        deadline = time.monotonic() + self.timeout_seconds
+    def _take(self, peer: int, lane: int, what: str, deadline: float) -> Tensor:
         box = self._shared.mail[(peer, self.rank, lane)]
-        where = f"rank {self.rank} of {self.world}, step {step}: receive from rank {peer}"
         with self._shared.changed:
             while not box:
-                if self._shared.failed is not None:
-                    raise TransportError(f"{where}: a peer failed: {self._shared.failed}")
+                if self._shared.word is not None:
+                    raise TransportError(f"{what} failed: {self._shared.word}")
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    raise TransportError(f"{where} timed out after {self.timeout_seconds:g} s")
+                    raise TransportError(f"{what} timed out after {self.timeout_seconds:g} s")
                 self._shared.changed.wait(left)
             return box.popleft()
+
+    def _word(self) -> str | None:
+        return self._shared.word
+
+    def _give_up(self, text: str) -> None:
+        self._shared.tell(text)
+
+    def _clear(self) -> None:
+        self._posted.clear()
 
 
 def run_local(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -114,18 +125,20 @@ def run_local(world: int, function: Callable[..., Any], *args: Any) -> list[Any]
     """
     shared = LocalWorld(world)
     results: list[Any] = [None] * world
+    errors: list[BaseException] = []
 
     def work(rank: int, group: LocalGroup) -> None:
         try:
             results[rank] = function(group, *args)
         except BaseException as error:
-            shared.fail(error)
+            errors.append(error)
+            shared.tell(f"rank {rank} of {world}: {type(error).__name__}: {error}")
 
     threads = [threading.Thread(target=work, args=(rank, group)) for rank, group in enumerate(shared.groups())]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    if shared.failed is not None:
-        raise shared.failed
+    if errors:
+        raise next((e for e in errors if not isinstance(e, TransportError)), errors[0])
     return results

@@ -7,114 +7,89 @@ rank receives and sends in one step, and is driven by three verbs:
     push(lane, step, sends)       sends are posted; NCCL gets both halves as one group here
     wait(lane, step)              all of the exchange has arrived and left, or TransportError names rank, step and peer
 
-No tags are relied on: between two ranks, messages of one lane match in the order they were issued. Collectives with
-uneven sizes (`all_gather`, `all_to_all`, `broadcast`) are made of the same verbs. Bytes and events are counted here, where
-they really leave.
+No tags are relied on: between two ranks, messages of one lane match in the order they were issued. A lane of its own carries
+headers (`announce`): what a rank is about to do, which all ranks judge before anything after it is posted.
+
+A rank that fails tells the others, which stop waiting at once; nothing stays posted, and the group refuses every later call.
+Bytes and events are counted here, where they really leave.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tokenring.collectives import Collectives
+from tokenring.events import Event, Ledger, Trace, Traffic
+
 LANES = 3
+CONTROL_LANE = LANES
 DEFAULT_TIMEOUT_SECONDS = 300.0
+HEADER_BYTES = 504
 
 Message = tuple[int, Tensor]
+Verdict = Callable[[list[bytes]], None]
+"""Sees the headers of all ranks, in rank order; raises ValueError, on every rank alike, where they do not go together."""
 
 
 class TransportError(RuntimeError):
     """A transfer failed or timed out. The message names rank, step and peer; the group is poisoned afterwards."""
 
 
-@dataclass
-class Traffic:
-    """Payload bytes that left this rank: `sent[(source, destination)]`; headers and size notes are in `control`."""
-
-    sent: dict[tuple[int, int], int] = field(default_factory=dict)
-    control: dict[tuple[int, int], int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Event:
-    """One thing a rank did, in seconds of `time.perf_counter()`.
-
-    kind: compute, merge, wait (nothing else could be done), or send (under way: from its posting to the end of the wait for it).
-    kernel: the name of the kernel that computed.
-    """
-
-    kind: str
-    start: float
-    stop: float
-    step: int = 0
-    peer: int = -1
-    bytes: int = 0
-    kernel: str = ""
-
-
-@dataclass
-class Trace:
-    """What `trace(group)` collects."""
-
-    events: list[Event] = field(default_factory=list)
-
-
-class Transport:
-    """What every transport shares: verbs, counters, and collectives built of the verbs."""
+class Transport(Collectives):
+    """What every transport shares: verbs, headers, counters, and what happens after an error."""
 
     def __init__(self, rank: int, world: int, timeout_seconds: float) -> None:
         self.rank = rank
         self.world = world
         self.timeout_seconds = timeout_seconds
         self.poison: str | None = None
+        """Why this group cannot be used again."""
+        self._raised = False
+        """Whether the caller has seen the error that poisoned the group."""
         self.device = torch.device("cpu")
         """Where the transport's own small messages live."""
         self.calls = 0
         self.prepared: set[Any] = set()
-        self._traffic: list[Traffic] = []
-        self._traces: list[Trace] = []
-        self._leaving: dict[tuple[int, int], list[tuple[float, int, int]]] = {}
+        self._poisoning = threading.Lock()
+        self._harmless: Callable[[], BaseException | None] = lambda: None
+        self._ledger = Ledger(rank)
 
     # -- the three verbs -------------------------------------------------------------------------------------------
 
     def open(self, lane: int, step: int, receives: Sequence[Message]) -> None:
         """Post the receives of one exchange; tensors must be contiguous."""
-        self._refuse_if_poisoned()
-        self._open(lane, step, receives)
+        self._attempt(f"open of step {step}", self._post, partial(self._open, lane, step, receives))
 
     def push(self, lane: int, step: int, sends: Sequence[Message], *, control: bool = False) -> None:
         """Post the sends of one exchange, counted as payload unless `control`."""
-        self._refuse_if_poisoned()
-        for peer, tensor in sends:
-            size = tensor.numel() * tensor.element_size()
-            for traffic in self._traffic:
-                table = traffic.control if control else traffic.sent
-                table[(self.rank, peer)] = table.get((self.rank, peer), 0) + size
-            if self._traces and not control:
-                self._leaving.setdefault((lane, step), []).append((time.perf_counter(), peer, size))
-        self._push(lane, step, sends)
+        self._attempt(f"push of step {step}", self._post, partial(self._send, lane, step, sends, control), True)
 
     def wait(self, lane: int, step: int) -> None:
         """Finish one exchange."""
         start = time.perf_counter()
-        try:
-            self._wait(lane, step)
-        except BaseException as error:
-            self.abandon(error)
-            raise
-        stop = time.perf_counter()
-        for pushed, peer, size in self._leaving.pop((lane, step), ()):
-            self.record(Event("send", pushed, stop, step, peer, size))
-        if self._traces:
-            self.record(Event("wait", start, stop, step))
+        self._attempt(f"wait of step {step}", self._wait, lane, step)
+        self._ledger.waited(lane, step, start)
+
+    def _post(self, posting: Callable[[], None], urgent: bool = False) -> None:
+        """Do it now, or when the headers under way are judged: as soon as they are, if it is urgent or after something is."""
+        posting()
+
+    def _send(self, lane: int, step: int, sends: Sequence[Message], control: bool) -> None:
+        sizes = [(peer, tensor.numel() * tensor.element_size()) for peer, tensor in sends]
+        if not control:
+            self._ledger.leaving(lane, step, sizes)
+        self._push(lane, step, sends)
+        self._ledger.left(sizes, control=control)
 
     def _open(self, lane: int, step: int, receives: Sequence[Message]) -> None:
         raise AssertionError("a transport implements _open")
@@ -125,74 +100,108 @@ class Transport:
     def _wait(self, lane: int, step: int) -> None:
         raise AssertionError("a transport implements _wait")
 
-    def abandon(self, error: BaseException) -> None:
-        """Refuse every later call: a receive may still be posted, and the next call's messages would land in it."""
-        if self.world > 1 and self.poison is None:
-            self.poison = str(error) if isinstance(error, TransportError) else repr(error)
+    # -- headers ---------------------------------------------------------------------------------------------------
 
-    def _refuse_if_poisoned(self) -> None:
+    def announce(self, header: bytes, verdict: Verdict) -> None:
+        """Send a header to every rank. `verdict` sees those of all ranks before anything of a later verb is posted.
+
+        What it raises is raised here, by a later verb or by `settle`. Nothing was posted then, and the group can go on.
+        """
+        if len(header) != HEADER_BYTES:
+            raise ValueError(f"a header has {HEADER_BYTES} bytes, got {len(header)}")
+        self._attempt(f"header of call {self.calls}", self._announce, header, verdict)
+        self._ledger.left([(peer, HEADER_BYTES) for peer in range(self.world) if peer != self.rank], control=True)
+
+    def settle(self) -> None:
+        """Wait until the headers of the last announcement are judged."""
+        self._attempt(f"header of call {self.calls}", self._settle)
+
+    def _announce(self, header: bytes, verdict: Verdict) -> None:
+        own = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        others = {peer: torch.empty_like(own) for peer in range(self.world) if peer != self.rank}
+        self._open(CONTROL_LANE, 0, list(others.items()))
+        self._push(CONTROL_LANE, 0, [(peer, own) for peer in others])
+        self._wait(CONTROL_LANE, 0)
+        self._judge([header if p == self.rank else others[p].numpy().tobytes() for p in range(self.world)], verdict)
+
+    def _judge(self, headers: list[bytes], verdict: Verdict) -> None:
+        try:
+            verdict(headers)
+        except ValueError as error:
+            self._harmless = weakref.ref(error)
+            raise
+
+    def _settle(self) -> None:
+        return
+
+    # -- errors ----------------------------------------------------------------------------------------------------
+
+    def abandon(self, error: BaseException, *, raised: bool = True) -> None:
+        """Tell the other ranks of an error and refuse every later call. They stop waiting; nothing stays posted.
+
+        A verdict on headers is no such error: every rank has raised it, and nothing was posted. raised: whether the caller
+        sees this error; if not, the next verb raises it.
+        """
+        if self.world == 1 or error is self._harmless():
+            return
+        with self._poisoning:
+            self._raised |= raised
+            if self.poison is not None:
+                return
+            self.poison = text = str(error) if isinstance(error, TransportError) else f"{type(error).__name__}: {error}"
+        self._give_up(text if text.startswith(f"rank {self.rank} of") else f"rank {self.rank} of {self.world}: {text}")
+        self._clear()
+
+    @contextmanager
+    def shared_fate(self) -> Iterator[None]:
+        """An error inside the block is told to the other ranks, as one of a call is. Around a training step it spares them
+        the time-out when this rank runs out of memory.
+
+        >>> with connect(None).shared_fate():
+        ...     pass
+        """
+        try:
+            yield
+        except BaseException as error:
+            self.abandon(error)
+            raise
+
+    def _attempt(self, what: str, verb: Callable[..., None], *given: Any) -> None:
         if self.poison is not None:
-            raise TransportError(
+            self._clear()
+            again = (
                 f"rank {self.rank}: this group failed before and cannot be used again ({self.poison}); make a new group"
             )
+            self._raised, before = True, self._raised
+            raise TransportError(again if before else self.poison)
+        try:
+            if (word := self._word()) is not None:
+                raise TransportError(f"rank {self.rank} of {self.world}, {what} not done: {word}")
+            verb(*given)
+        except BaseException as error:
+            self.abandon(error)
+            raise
+
+    def _word(self) -> str | None:
+        """What a rank that failed has told, where that is known without asking."""
+        return None
+
+    def _give_up(self, text: str) -> None:
+        """Tell the others, and end every wait; from any thread."""
+
+    def _clear(self) -> None:
+        """Let go of what was posted."""
+
+    # -- traces ----------------------------------------------------------------------------------------------------
 
     def record(self, event: Event) -> None:
         """Add an event to every open trace."""
-        for trace_ in self._traces:
-            trace_.events.append(event)
+        self._ledger.record(event)
 
     @property
     def tracing(self) -> bool:
         """Whether anyone wants events."""
-        return bool(self._traces)
-
-    # -- collectives with uneven sizes -----------------------------------------------------------------------------
-
-    def exchange(self, sends: Sequence[Message], receives: Sequence[Message], *, control: bool = False) -> None:
-        """One exchange on lane 0, start to end. Sizes must already be known on both sides."""
-        if self.world == 1:
-            return
-        self.open(0, -1, receives)
-        self.push(0, -1, [(peer, tensor.contiguous()) for peer, tensor in sends], control=control)
-        self.wait(0, -1)
-
-    def all_gather(self, x: Tensor, *, same_shape: bool = False, control: bool = False) -> list[Tensor]:
-        """Every rank's `x` in rank order. Shapes may differ in dim 0 only; `same_shape=True` skips the size round."""
-        peers = [p for p in range(self.world) if p != self.rank]
-        sizes = [x.shape[0] if x.dim() else 1] * self.world
-        if x.dim() and not same_shape and self.world > 1:
-            own = torch.tensor([x.shape[0]], dtype=torch.int64, device=x.device)
-            notes = {p: torch.empty_like(own) for p in peers}
-            self.exchange([(p, own) for p in peers], list(notes.items()), control=True)
-            for p, note in notes.items():
-                sizes[p] = int(note)
-        parts = {p: x.new_empty((sizes[p], *x.shape[1:]) if x.dim() else ()) for p in peers}
-        self.exchange([(p, x) for p in peers], list(parts.items()), control=control)
-        parts[self.rank] = x
-        return [parts[p] for p in range(self.world)]
-
-    def all_to_all(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """`parts[p]` goes to rank p; returns what each rank sent here. Sizes in dim 0 may differ, and may be 0."""
-        if len(parts) != self.world:
-            raise ValueError(
-                f"all_to_all got {len(parts)} parts for {self.world} ranks; give one part for each rank, empty ones too"
-            )
-        peers = [p for p in range(self.world) if p != self.rank]
-        own = {p: torch.tensor([parts[p].shape[0]], dtype=torch.int64, device=parts[p].device) for p in peers}
-        notes = {p: torch.empty_like(own[p]) for p in peers}
-        self.exchange(list(own.items()), list(notes.items()), control=True)
-        received = {p: parts[p].new_empty((int(notes[p]), *parts[p].shape[1:])) for p in peers}
-        self.exchange([(p, parts[p]) for p in peers], list(received.items()))
-        received[self.rank] = parts[self.rank]
-        return [received[p] for p in range(self.world)]
-
-    def broadcast(self, x: Tensor, source: int, *, control: bool = False) -> Tensor:
-        """`x` of rank `source` on every rank; the others give a tensor of the same shape, dtype and device to receive it."""
-        if self.rank == source:
-            self.exchange([(p, x) for p in range(self.world) if p != source], [], control=control)
-        else:
-            self.exchange([], [(source, x)], control=control)
-        return x
+        return bool(self._ledger.traces)
 
 
 class SingleRank(Transport):
@@ -261,11 +270,11 @@ def count_traffic(group: Any) -> Iterator[Traffic]:
     {}
     """
     runtime, traffic = connect(group), Traffic()
-    runtime._traffic.append(traffic)
+    runtime._ledger.traffic.append(traffic)
     try:
         yield traffic
     finally:
-        runtime._traffic.remove(traffic)
+        runtime._ledger.traffic.remove(traffic)
 
 
 @contextmanager
@@ -279,8 +288,8 @@ def trace(group: Any) -> Iterator[Trace]:
             "trace got no group; for one rank alone give `alone = connect(None)` here and as group= of the calls"
         )
     runtime, record = connect(group), Trace()
-    runtime._traces.append(record)
+    runtime._ledger.traces.append(record)
     try:
         yield record
     finally:
-        runtime._traces.remove(record)
+        runtime._ledger.traces.remove(record)

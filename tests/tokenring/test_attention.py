@@ -258,7 +258,8 @@ def test_a_call_that_fails_half_way_closes_the_group() -> None:
 
     def fail_once(group: Any) -> str:
         local = [layout.shard(x, group.rank()) for x in random_qkv(1, 8, 2, 2, 8, torch.float32)]
-        with pytest.raises(ZeroDivisionError):
+        # The rank that fails second may hear of the first before it fails itself.
+        with pytest.raises((ZeroDivisionError, tr.TransportError), match="division"):
             tr.attention(*local, group=group, schedule="ring")
         with pytest.raises(tr.TransportError, match="cannot be used again") as refused:
             tr.attention(*local, group=group, schedule="ring")

@@ -1,0 +1,147 @@
+"""Tables and JSON of what was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from benchmarks.linklab.measure import Result, Row
+from benchmarks.linklab.raw import PatternTime
+
+RINGS = ("ring", "ring:direct")
+"""The one-way ring, forward and backward: what the others are set beside."""
+
+
+def cell_table(result: Result) -> str:
+    """One cell: each schedule beside its bound and its simulation."""
+    ring = next((row for row in result.rows if row.schedule in RINGS), None)
+    lines = [
+        f"{result.cell.title}: raw sockets reach {result.raw_share:.1%} of the rate, "
+        f"computing alone {result.compute_seconds:.3f} s",
+        f"  {'schedule':<28} {'MB':>7} {'measured':>9} {'spread':>15} {'bound':>7} {'over bound':>10} {'simulated':>9} {'of ring':>7}",
+    ]
+    for row in result.rows:
+        of_ring = f"{row.measured / ring.measured:.3f}" if ring else "-"
+        spread = f"{min(row.runs):.3f} to {max(row.runs):.3f}"
+        lines.append(
+            f"  {row.schedule:<28} {row.bytes_sent / 1e6:>7.1f} {row.measured:>9.3f} {spread:>15} {row.bound:>7.3f} "
+            f"{row.over_bound:>10.3f} {row.simulated:>9.3f} {of_ring:>7}"
+        )
+    lines.append(
+        f"  best {result.best.schedule}; auto took {result.auto}, {result.auto_over_best:.2f} of the best's time"
+    )
+    return "\n".join(lines)
+
+
+def grid_table(results: Sequence[Result]) -> str:
+    """All cells: who was best, what auto took; then where TokenRing loses; then how the claims stand."""
+    heads = f"  {'cell':<62} {'best':<28} {'s':>6} {'auto':<28} {'of best':>7} {'tokenring of best other':>24}"
+    rows = []
+    for result in results:
+        rival = _rival(result)
+        compared = f"{rival[0]:.2f} {rival[1]}" if rival else "-"
+        rows.append(
+            f"  {result.cell.title:<62} {result.best.schedule:<28} {result.best.measured:>6.3f} {result.auto:<28} "
+            f"{result.auto_over_best:>7.2f} {compared:>24}"
+        )
+    lost = [row for row, result in zip(rows, results) if (rival := _rival(result)) and rival[0] > 1]
+    shown = ["Grid, medians", heads, *rows]
+    shown += ["", f"Where TokenRing loses ({len(lost)} of {len(results)} cells)", heads, *lost]
+    return "\n".join([*shown, "", *claims(results)])
+
+
+def claims(results: Sequence[Result]) -> list[str]:
+    """The figures that decide whether the lab, the model and "auto" hold."""
+    rows = [(row, result) for result in results for row in result.rows]
+    worst, where = max(rows, key=lambda pair: pair[0].over_bound)
+    lines = [
+        f"over the bound: mean {statistics.mean(row.over_bound for row, _ in rows):.3f}, worst {worst.over_bound:.3f} "
+        f"({worst.schedule}, {where.cell.title}); within 15%: {sum(row.over_bound <= 1.15 for row, _ in rows)} of {len(rows)}"
+    ]
+    errors = [(abs(row.simulated / row.measured - 1), row, result) for row, result in rows]
+    error, row, result = max(errors, key=lambda found: found[0])
+    lines.append(
+        f"simulate() off by {statistics.mean(each for each, _, _ in errors):.1%} on average, {error:.1%} at worst "
+        f"({row.schedule}, {result.cell.title})"
+    )
+    lines += [_faster(results, *names) for names in (RINGS, ("biring",), ())]
+    picks = [result.auto_over_best for result in results]
+    lines.append(
+        f"auto within 5% of the best in {sum(pick <= 1.05 for pick in picks)} of {len(picks)} cells, worst {max(picks):.2f}"
+    )
+    return lines
+
+
+def _faster(results: Sequence[Result], *rivals: str) -> str:
+    """In how many cells TokenRing was faster than some schedules, or than all others."""
+    times = [({row.schedule: row.measured for row in result.rows}) for result in results]
+    pairs = [
+        (
+            some["tokenring"],
+            [seconds for name, seconds in some.items() if name in rivals or not rivals and name != "tokenring"],
+        )
+        for some in times
+        if "tokenring" in some
+    ]
+    compared = [(ours, min(others)) for ours, others in pairs if others]
+    won = sum(ours < other for ours, other in compared)
+    return f"tokenring faster than {' and '.join(rivals) or 'every other'} in {won} of {len(compared)} cells"
+
+
+def pattern_table(title: str, found: Iterable[PatternTime]) -> str:
+    """Raw sockets and gloo beside the bound, in seconds."""
+    lines = [
+        title,
+        f"  {'pattern':<24} {'bound':>7} {'sockets':>8} {'gloo, receives first':>21} {'gloo, sends first':>18}",
+    ]
+    lines += [
+        f"  {p.pattern:<24} {p.bound:>7.3f} {p.sockets:>8.3f} {p.gloo_receives_first:>21.3f} {p.gloo_sends_first:>18.3f}"
+        for p in found
+    ]
+    return "\n".join(lines)
+
+
+def save(path: Path, what: str, rows: list[dict]) -> None:
+    """Write rows as JSON, with what they ran on."""
+    document = {
+        "kind": "measured",
+        "what": what,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "load_average": os.getloadavg()},
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "rows": rows,
+    }
+    path.write_text(json.dumps(document, indent=2) + "\n")
+
+
+def _rival(result: Result) -> tuple[float, str] | None:
+    """TokenRing's time over that of the best other schedule, and its name."""
+    ours = [row for row in result.rows if row.schedule == "tokenring"]
+    others: list[Row] = [row for row in result.rows if row.schedule != "tokenring"]
+    if not ours or not others:
+        return None
+    best = min(others, key=lambda row: row.measured)
+    return ours[0].measured / best.measured, best.schedule
+
+
+def _commit() -> str:
+    here = Path(__file__).parent
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=here)
+    return done.stdout.strip()
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
