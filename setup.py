@@ -4,7 +4,9 @@ from setuptools import setup
 
 PACKAGES = [
     "tokenring",
+    "tokenring.links",
     "tokenring.schedules",
+    "tokenring.simulation",
     "tokenring.kernels",
     "tokenring.integrations",
     "moe",
