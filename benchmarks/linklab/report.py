@@ -7,13 +7,13 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
-from benchmarks.linklab.measure import Result, Row
+from benchmarks.linklab.measure import Result
 from benchmarks.linklab.raw import PatternTime
 
 RINGS = ("ring", "ring:direct")
@@ -72,7 +72,7 @@ def claims(results: Sequence[Result]) -> list[str]:
         f"simulate() off by {statistics.mean(each for each, _, _ in errors):.1%} on average, {error:.1%} at worst "
         f"({row.schedule}, {result.cell.title})"
     )
-    lines += [_faster(results, *names) for names in (RINGS, ("biring",), ())]
+    lines += _won(results)
     picks = [result.auto_over_best for result in results]
     lines.append(
         f"auto within 5% of the best in {sum(pick <= 1.05 for pick in picks)} of {len(picks)} cells, worst {max(picks):.2f}"
@@ -80,20 +80,13 @@ def claims(results: Sequence[Result]) -> list[str]:
     return lines
 
 
-def _faster(results: Sequence[Result], *rivals: str) -> str:
-    """In how many cells TokenRing was faster than some schedules, or than all others."""
-    times = [({row.schedule: row.measured for row in result.rows}) for result in results]
-    pairs = [
-        (
-            some["tokenring"],
-            [seconds for name, seconds in some.items() if name in rivals or not rivals and name != "tokenring"],
-        )
-        for some in times
-        if "tokenring" in some
-    ]
-    compared = [(ours, min(others)) for ours, others in pairs if others]
-    won = sum(ours < other for ours, other in compared)
-    return f"tokenring faster than {' and '.join(rivals) or 'every other'} in {won} of {len(compared)} cells"
+def _won(results: Sequence[Result]) -> Iterator[str]:
+    """In how many cells TokenRing was faster than the rings, and than all others."""
+    for name in ("ring", "ring:direct", "biring", None):
+        compared = [found for result in results if (found := _rival(result, name))]
+        if compared:
+            wins = sum(share < 1 for share, _ in compared)
+            yield f"tokenring faster than {name or 'every other'} in {wins} of {len(compared)} cells"
 
 
 def pattern_table(title: str, found: Iterable[PatternTime]) -> str:
@@ -124,10 +117,10 @@ def save(path: Path, what: str, rows: list[dict]) -> None:
     path.write_text(json.dumps(document, indent=2) + "\n")
 
 
-def _rival(result: Result) -> tuple[float, str] | None:
-    """TokenRing's time over that of the best other schedule, and its name."""
+def _rival(result: Result, name: str | None = None) -> tuple[float, str] | None:
+    """TokenRing's time over that of a schedule, or of the best other one, and its name."""
     ours = [row for row in result.rows if row.schedule == "tokenring"]
-    others: list[Row] = [row for row in result.rows if row.schedule != "tokenring"]
+    others = [row for row in result.rows if (row.schedule == name if name else row.schedule != "tokenring")]
     if not ours or not others:
         return None
     best = min(others, key=lambda row: row.measured)

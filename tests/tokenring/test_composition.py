@@ -150,6 +150,23 @@ def test_a_dispatch_mode_sees_two_operators_and_changes_nothing(pool: Pool, opti
         assert not any("flash" in name for name in seen)
 
 
+def refuse_while_watched(group: Any) -> tuple[str, Tensor]:
+    """Rank 1 gives a mask that no text can hold; then all call alike."""
+    mine = [LAYOUT.shard(x, group.rank()) for x in random_qkv(1, LENGTH, 4, 2, 8, torch.float64)]
+    mask = CAUSAL if group.rank() == 1 else "causal"
+    with Watch():
+        with pytest.raises(ValueError) as caught:
+            tr.attention(*mine, group=group, layout=LAYOUT, mask=mask)
+        return str(caught.value), tr.attention(*mine, group=group, layout=LAYOUT)
+
+
+def test_a_watched_rank_that_refuses_tells_the_others(pool: Pool) -> None:
+    dense, _ = dense_attention(*random_qkv(1, LENGTH, 4, 2, 8, torch.float64), CAUSAL)
+    for rank, (said, out) in enumerate(pool.run(WORLD, refuse_while_watched)):
+        assert ("" if rank == 1 else "rank 1 of 3 refused this call: ") + "mask is a tensor of shape (29, 29)" in said
+        torch.testing.assert_close(out, LAYOUT.shard(dense, rank), rtol=0, atol=1e-12)
+
+
 def test_tensors_that_stand_for_shards_are_refused() -> None:
     class Sharded(Tensor):
         def to_local(self) -> Tensor:
