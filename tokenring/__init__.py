@@ -6,6 +6,7 @@ A schedule is data: `plan` builds it, `attention` runs it, `Plan.check`, `bytes_
 from tokenring.agreement import AgreementError, prepare
 from tokenring.api import attention
 from tokenring.cache import KVCache
+from tokenring.checkpoint import attention_operators, save_attention
 from tokenring.decode import decode_attention
 from tokenring.inprocess import run_local
 from tokenring.layout import Layout
@@ -15,6 +16,7 @@ from tokenring.plan import Plan
 from tokenring.planning import plan
 from tokenring.shape import AttentionShape
 from tokenring.simulation.timeline import Timeline
+from tokenring.spec import plan_tensor
 from tokenring.topology import Topology
 from tokenring.transport import Event, Trace, Traffic, TransportError, connect, count_traffic, trace
 
@@ -32,12 +34,15 @@ __all__ = [
     "Traffic",
     "TransportError",
     "attention",
+    "attention_operators",
     "connect",
     "count_traffic",
     "cross_entropy",
     "decode_attention",
     "plan",
+    "plan_tensor",
     "prepare",
     "run_local",
+    "save_attention",
     "trace",
 ]
