@@ -1,3 +1,5 @@
-"""Mixture-of-experts parallel folding. Nothing is public here yet: the package holds its name and place in the house."""
+"""Mixture-of-experts parallel folding."""
 
-__all__: list[str] = []
+from moe.folding import Folding
+
+__all__ = ["Folding"]
