@@ -16,11 +16,12 @@ from token_reduction.budget import Budget, split_budget, windows
 from token_reduction.distributed import reduce_distributed
 from token_reduction.reducer import Reducer
 from token_reduction.reduction import Reduction
-from token_reduction.registry import build, methods, parse
+from token_reduction.registry import Method, build, methods, parse
 from token_reduction.tokens import TokenShard, VisualTokens
 
 __all__ = [
     "Budget",
+    "Method",
     "Reducer",
     "Reduction",
     "TokenShard",

@@ -134,6 +134,30 @@ def split_budget(budget: Budget, counts: Sequence[int]) -> list[Budget]:
     return [Budget.count(part) for part in _apportion(total, counts)]
 
 
+def apportion(total: int, weights: Sequence[float], caps: Sequence[int]) -> list[int]:
+    """`total` shared in proportion to `weights` >= 0 by largest remainder, ties to the earlier part, none above its cap.
+
+    >>> apportion(10, [1.0, 1.0, 8.0], [5, 5, 5])
+    [3, 2, 5]
+    """
+    parts, open_ = [0] * len(weights), [i for i, cap in enumerate(caps) if cap]
+    left = total
+    while left and open_:
+        whole = sum(weights[i] for i in open_)
+        share = {i: left * weights[i] / whole if whole > 0 else left / len(open_) for i in open_}
+        full = [i for i in open_ if share[i] >= caps[i] - parts[i]]
+        if full:
+            left -= sum(caps[i] - parts[i] for i in full)
+            parts = [caps[i] if i in full else part for i, part in enumerate(parts)]
+            open_ = [i for i in open_ if i not in full]
+            continue
+        extra = sorted(open_, key=lambda i: (int(share[i]) - share[i], i))[: left - sum(map(int, share.values()))]
+        for i in open_:
+            parts[i] += int(share[i]) + (i in extra)
+        return parts
+    return parts
+
+
 def _apportion(total: int, counts: list[int]) -> list[int]:
     """Largest remainder in integers; windows that would get nothing get 1 first, and the rest is shared again."""
     poor: set[int] = set()

@@ -19,6 +19,8 @@ from token_reduction.tokens import TokenShard, VisualTokens, check_grid, whole
 from tokenring.transport import Transport, connect
 
 VARIANTS = ("best", "paper", "released")
+MAX_WORK = 2e13
+"""Multiply-adds of one item above which a method whose work grows faster than its tokens refuses: minutes on a small CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +32,24 @@ class Reducer(ABC):
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
     """Names of the channels that tokens must carry."""
+    cost: ClassVar[str]
+    """Work and memory in n tokens, k kept, width D, T frames of N."""
+    source: ClassVar[str]
+    """Where the method was published."""
+    form: ClassVar[str]
+    """"authors'": the published algorithm, or "ours": the publication leaves the algorithm open and this is our form."""
+
+    merges: ClassVar[bool] = False
+    """Whether rows may be made of several tokens."""
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise ValueError(f"unknown variant {self.variant!r} of {self.name}; variants are {', '.join(VARIANTS)}")
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the data may keep fewer rows than `count` says, which is then an upper bound."""
+        return False
 
     def count(self, grid: Any, budget: Budget | None) -> list[int]:
         """How many rows stay of each item: exact, from the grid alone, before any data is seen.
@@ -59,13 +75,17 @@ class Reducer(ABC):
         Args:
             tokens: the batch.
             budget: of one item.
-            generator: source of chance for methods that draw (`random`); the others never touch it.
+            generator: source of chance for methods that draw; the others never touch it.
         """
         shard, counts = whole(tokens), self.count(tokens.grid, budget)
         problem = self.problem(shard, counts)
         if problem:
             raise ValueError(problem)
         return self.reduce_shard(shard, counts, connect(None), generator)
+
+    def work(self, item: tuple[int, int, int], count: int, width: int) -> float:
+        """Multiply-adds that grow faster than the item's tokens; 0 for methods whose work is linear."""
+        return 0.0
 
     def problem(self, shard: TokenShard, counts: Sequence[int]) -> str | None:
         """Why these rows cannot be reduced, in one line, or None. Looks at this rank only and sends nothing."""
@@ -74,7 +94,7 @@ class Reducer(ABC):
             return (
                 f"{self.name} needs the channels {', '.join(sorted(self.needs))}; the tokens lack {', '.join(missing)}"
             )
-        return None
+        return refuse_work(self, shard, counts)
 
     @abstractmethod
     def reduce_shard(
@@ -91,4 +111,19 @@ def refuse_unfinite(method: Reducer, shard: TokenShard) -> str | None:
     """For methods that compare features: a NaN would make every comparison false and the choice meaningless."""
     if not bool(torch.isfinite(shard.x).all()):
         return f"{method.name} compares features and x holds NaN or infinity; look at the encoder or the dtype"
+    return None
+
+
+def refuse_work(method: Reducer, shard: TokenShard, counts: Sequence[int]) -> str | None:
+    """For methods whose work outgrows the tokens: an hour of video at once would run for days."""
+    for item, (grid, count) in enumerate(zip(shard.grid, counts)):
+        work = method.work(grid, count, shard.x.shape[1])
+        if work > MAX_WORK:
+            t, h, w = grid
+            frames = max(1, min(t, 8192 // (h * w)))
+            return (
+                f"{method.name} of item {item} with {t * h * w} tokens to {count} needs about {work:.1e} multiply-adds, which "
+                f"grow faster than the tokens; at most {MAX_WORK:.0e} are done at once; cut the video: "
+                f"reduce_stream(build({method.name!r}), windows of {frames} frames, budget), or --window {frames}"
+            )
     return None

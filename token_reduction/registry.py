@@ -2,28 +2,89 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any
 
 from token_reduction.budget import Budget
 from token_reduction.reducer import Reducer
+from token_reduction.reducers.aim import Aim
+from token_reduction.reducers.catp import Catp
+from token_reduction.reducers.cdpruner import CDPruner
+from token_reduction.reducers.centerclip import CenterCLIP
+from token_reduction.reducers.correlation import Correlation
+from token_reduction.reducers.dart import Dart
+from token_reduction.reducers.density import SeTok, Vmtc
+from token_reduction.reducers.difffp import DiffFP
 from token_reduction.reducers.divprune import DivPrune
+from token_reduction.reducers.downsample import Downsample
+from token_reduction.reducers.dycoke import DyCoke
 from token_reduction.reducers.evs import EVS
+from token_reduction.reducers.facility import Facility
+from token_reduction.reducers.fastvid import FastVID
+from token_reduction.reducers.globalcom2 import GlobalCom2
+from token_reduction.reducers.hiprune import HiPrune
+from token_reduction.reducers.holitom import HoliTom
 from token_reduction.reducers.identity import Identity
+from token_reduction.reducers.image_text import ImageText
+from token_reduction.reducers.mmtok import MMTok
 from token_reduction.reducers.pool import Pool
+from token_reduction.reducers.prumerge import PruMerge, PruMergePlus
 from token_reduction.reducers.random import Random
+from token_reduction.reducers.todre import ToDRE
+from token_reduction.reducers.token_transforming import TokenTransforming
+from token_reduction.reducers.tome import ToMe
 from token_reduction.reducers.uniform import Uniform
+from token_reduction.reducers.vflowopt import VFlowOpt
+from token_reduction.reducers.vidcom2 import VidCom2
+from token_reduction.reducers.visionzip import VisionDrop, VisionZip
+from token_reduction.reducers.vispruner import VisPruner
+from token_reduction.reducers.vtc_cls import VtcCls
 
-_REDUCERS: tuple[type[Reducer], ...] = (Identity, Uniform, Random, Pool, DivPrune, EVS)
+_REDUCERS: tuple[type[Reducer], ...] = (
+    *(Identity, Uniform, Random, Pool, Downsample),
+    *(DivPrune, ToDRE, Facility, MMTok, Catp, CDPruner, Dart),
+    *(VtcCls, HiPrune, GlobalCom2, VisPruner, ImageText, Correlation),
+    *(VisionZip, VisionDrop, PruMerge, PruMergePlus, TokenTransforming, VFlowOpt),
+    *(Aim, ToMe, SeTok, Vmtc, CenterCLIP),
+    *(EVS, DiffFP, VidCom2, DyCoke, FastVID, HoliTom),
+)
 
 
-def methods() -> tuple[str, ...]:
-    """Names of all methods.
+@dataclass(frozen=True)
+class Method:
+    """What is known of a method before it is built, in its default form."""
 
-    >>> methods()
-    ('identity', 'uniform', 'random', 'pool', 'divprune', 'evs')
+    name: str
+    needs: tuple[str, ...]
+    """Channels that tokens must carry."""
+    cost: str
+    """Work and memory in n tokens, k kept, width D, T frames of N."""
+    source: str
+    form: str
+    """"authors'" or "ours" (the publication leaves the algorithm open)."""
+    scope: str
+    """"frame": every frame alone; "item": the whole item."""
+    merges: bool
+    """Whether rows may be made of several tokens."""
+
+
+def methods() -> Mapping[str, Method]:
+    """Every method, by name, in a fixed order.
+
+    >>> list(methods())[:5]
+    ['identity', 'uniform', 'random', 'pool', 'downsample']
+    >>> methods()["visionzip"].needs, methods()["token_transforming"].form
+    (('cls_attn', 'keys'), 'ours')
     """
-    return tuple(reducer.name for reducer in _REDUCERS)
+    return MappingProxyType({reducer.name: _describe(reducer()) for reducer in _REDUCERS})
+
+
+def _describe(method: Reducer) -> Method:
+    scope = getattr(method, "scope", "item")
+    needs = tuple(sorted(method.needs))
+    return Method(method.name, needs, method.cost, method.source, method.form, scope, method.merges)
 
 
 def build(name: str, **options: Any) -> Reducer:
@@ -67,4 +128,4 @@ def _find(name: str) -> type[Reducer]:
     for reducer in _REDUCERS:
         if reducer.name == name:
             return reducer
-    raise ValueError(f"unknown reduction method {name!r}; methods are {', '.join(methods())}")
+    raise ValueError(f"unknown reduction method {name!r}; methods are {', '.join(r.name for r in _REDUCERS)}")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 Grid = tuple[tuple[int, int, int], ...]
 
-CHANNELS = ("cls_attn", "recv_attn", "keys", "text", "patches", "pixels", "planes")
+CHANNELS = ("cls_attn", "recv_attn", "keys", "queries", "text", "patches", "pixels", "planes")
 
 
 def check_grid(grid: Any) -> Grid:
@@ -47,8 +47,10 @@ class VisualTokens:
         cu_seqlens: items + 1 row offsets, from 0 to N, as a list or an integer tensor; kept as int64 on the CPU.
         grid: (T, h, w) of each item; T*h*w is the item's length. T = 0 is an item that has no rows.
         positions: (P, N) int64 position of each token on each axis, P = 1, or 3 for M-RoPE. Reductions never renumber it.
-        channels: what some methods look at, by name: `cls_attn`, `recv_attn` (N,), `keys`, `patches` (N, C), `pixels`
-            (N, ...), `planes` (N, ...) or a list of such (DeepStack), and `text` (m, D), the one that is not per token.
+        channels: what some methods look at, by name, one entry per token: `cls_attn`, `recv_attn` (N,), or (N, layers) from
+            shallow to deep: attention paid by [CLS], and by all rows on average; `keys`, `queries` (N, C) of the encoder,
+            heads side by side; `patches` (N, C) before the projector; `pixels` (N, ...) in 0..1; `planes` (N, ...) or a
+            list of such (DeepStack). And `text`, not per token: (m, D) for all items, or a list of one (m, D) per item.
 
     Raises: ValueError naming the field that does not fit.
 
@@ -67,6 +69,7 @@ class VisualTokens:
         set_ = object.__setattr__
         set_(self, "grid", check_grid(self.grid))
         set_(self, "cu_seqlens", _check_offsets(self.cu_seqlens, self.grid))
+        _check_texts(self.channels, len(self.grid))
         total = _check_rows(self.x, self.positions, self.channels)
         if int(self.cu_seqlens[-1]) != total:
             raise ValueError(
@@ -79,14 +82,17 @@ class VisualTokens:
         return self.cu_seqlens.diff().tolist()
 
     def item(self, number: int) -> VisualTokens:
-        """One item alone, as views. `text` goes with every item."""
+        """One item alone, as views. A shared `text` goes with every item."""
         first, last = int(self.cu_seqlens[number]), int(self.cu_seqlens[number + 1])
+        channels = take_channels(self.channels, slice(first, last))
+        if "text" in channels:
+            channels["text"] = text_of(self.channels, number)
         return VisualTokens(
             self.x[first:last],
             torch.tensor([0, last - first]),
             (self.grid[number],),
             self.positions[:, first:last],
-            take_channels(self.channels, slice(first, last)),
+            channels,
         )
 
     def shard(self, global_index: Tensor) -> TokenShard:
@@ -129,6 +135,7 @@ class TokenShard:
         set_ = object.__setattr__
         set_(self, "grid", check_grid(self.grid))
         set_(self, "cu_seqlens", _check_offsets(self.cu_seqlens, self.grid))
+        _check_texts(self.channels, len(self.grid))
         rows = _check_rows(self.x, self.positions, self.channels)
         index = self.global_index
         if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.shape != (rows,):
@@ -178,6 +185,12 @@ def take_channels(channels: Mapping[str, Any], rows: Any) -> dict[str, Any]:
     return {name: value if name == "text" else take(value) for name, value in channels.items()}
 
 
+def text_of(channels: Mapping[str, Any], item: int) -> Tensor | None:
+    """The text (m, D) that goes with an item, or None."""
+    text = channels.get("text")
+    return text if text is None or isinstance(text, Tensor) else text[item]
+
+
 def _check_offsets(cu_seqlens: Any, grid: Grid) -> Tensor:
     offsets = torch.as_tensor(cu_seqlens)
     if offsets.dim() != 1 or offsets.dtype in (torch.bool,) or offsets.is_floating_point() or offsets.numel() < 2:
@@ -216,14 +229,24 @@ def _check_rows(x: Any, positions: Any, channels: Any) -> int:
         if name not in CHANNELS:
             raise ValueError(f"unknown channel {name!r}; channels are {', '.join(CHANNELS)}")
         parts = [value] if isinstance(value, Tensor) else value
-        if name != "planes" and not isinstance(value, Tensor):
-            raise ValueError(f"channel {name} is a tensor, got {_kind(value)}; only planes may be a list of tensors")
+        if name not in ("planes", "text") and not isinstance(value, Tensor):
+            raise ValueError(
+                f"channel {name} is a tensor, got {_kind(value)}; only planes may be a list of tensors, and text one per item"
+            )
         for part in parts:
             if not isinstance(part, Tensor) or part.dim() < 1:
                 raise ValueError(f"channel {name} holds tensors with one row per token, got {_kind(part)}")
             if name != "text" and part.shape[0] != rows:
                 raise ValueError(f"channel {name} has {part.shape[0]} rows but x has {rows}; all share one row index")
     return rows
+
+
+def _check_texts(channels: Mapping[str, Any], items: int) -> None:
+    text = channels.get("text")
+    if text is not None and not isinstance(text, Tensor) and len(text) != items:
+        raise ValueError(
+            f"channel text has {len(text)} entries for {items} items; give one (m, D) each, or one for all"
+        )
 
 
 def _kind(value: Any) -> str:

@@ -7,14 +7,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from token_reduction import Budget, Reducer, TokenShard, VisualTokens, build
+from token_reduction import Budget, Reducer, TokenShard, VisualTokens, build, methods
 
 GRIDS = ((5, 4, 4), (1, 3, 5), (3, 2, 6))
-METHODS = ("uniform", "random", "pool", "divprune", "evs")
+METHODS = tuple(name for name in methods() if name != "identity")
 
 
 def batch(grids=GRIDS, width: int = 12, seed: int = 0, dtype: torch.dtype = torch.float32) -> VisualTokens:
-    """Ragged items whose frames drift slowly, as in a video; positions start at 100 and have three axes."""
+    """Ragged items whose frames drift slowly, as in a video; positions start at 100 and have three axes. Every channel is there."""
     generator = torch.Generator().manual_seed(seed)
     parts, positions, offsets = [], [], [0]
     for t, h, w in grids:
@@ -24,18 +24,35 @@ def batch(grids=GRIDS, width: int = 12, seed: int = 0, dtype: torch.dtype = torc
         axes = torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij")
         positions.append(100 + offsets[-1] + torch.stack([axis.reshape(-1) for axis in axes]))
         offsets.append(offsets[-1] + t * h * w)
-    return VisualTokens(torch.cat(parts).to(dtype), offsets, grids, torch.cat(positions, 1))
+    x = torch.cat(parts).to(dtype)
+    return VisualTokens(x, offsets, grids, torch.cat(positions, 1), channels_of(x, len(grids), generator))
 
 
-def one(x: Tensor, grid: tuple[int, int, int] | None = None) -> VisualTokens:
+def channels_of(x: Tensor, items: int, generator: torch.Generator) -> dict[str, object]:
+    """Every channel, of plain random numbers; attention of two layers is positive and heavy-tailed."""
+    n, width = x.shape
+    return {
+        "cls_attn": torch.rand(n, 2, generator=generator) ** 4 / n,
+        "recv_attn": torch.rand(n, 2, generator=generator) ** 4 / n,
+        "keys": x.float() @ torch.randn(width, 6, generator=generator),
+        "queries": torch.randn(n, 6, generator=generator),
+        "patches": torch.randn(n, width, generator=generator),
+        "pixels": torch.rand(n, 4, 3, generator=generator),
+        "text": [torch.randn(3 + item, width, generator=generator) for item in range(items)],
+    }
+
+
+def one(x: Tensor, grid: tuple[int, int, int] | None = None, **channels: Tensor) -> VisualTokens:
     """A single item; one frame of one line where no grid is given."""
-    return VisualTokens(x, [0, x.shape[0]], [grid or (1, 1, x.shape[0])], torch.arange(x.shape[0])[None])
+    return VisualTokens(x, [0, x.shape[0]], [grid or (1, 1, x.shape[0])], torch.arange(x.shape[0])[None], channels)
 
 
-def keep(method: str | Reducer, x: Tensor, budget: Budget, grid: tuple[int, int, int] | None = None) -> list[int]:
+def keep(
+    method: str | Reducer, x: Tensor, budget: Budget, grid: tuple[int, int, int] | None = None, **channels: Tensor
+) -> list[int]:
     """Kept indices of a single item."""
     reducer = build(method) if isinstance(method, str) else method
-    return reducer.reduce(one(x, grid), budget).index.tolist()
+    return reducer.reduce(one(x, grid, **channels), budget).index.tolist()
 
 
 def cut_frames(tokens: VisualTokens, world: int, uneven: bool = False) -> list[TokenShard]:

@@ -30,7 +30,7 @@ def test_text_names_a_method_and_a_budget(text, name, budget):
     [
         (
             "dipvrune:0.1",
-            "unknown reduction method 'dipvrune'; methods are identity, uniform, random, pool, divprune, evs",
+            "unknown reduction method 'dipvrune'; methods are identity, uniform, random, pool, downsample, divprune",
         ),
         ("", "unknown reduction method ''"),
         ("uniform", "uniform needs a budget.*write uniform:0.1"),

@@ -9,6 +9,7 @@ import torch
 
 from tests.token_reduction.cases import METHODS, batch, cut_anywhere, cut_frames
 from token_reduction import Budget, VisualTokens, build, methods, reduce_distributed
+from token_reduction.tokens import take_channels
 from tokenring import count_traffic, run_local
 
 OPTIONS = [(name, {}) for name in METHODS] + [
@@ -24,17 +25,28 @@ def reduce_all(method, shards, budget, **options):
     return run_local(world, lambda g: reduce_distributed(method, shards[g.rank()], budget, g, **options))
 
 
+def reduce_and_apply(method, shards, budget, **options):
+    """Each rank's reduction and its reduced features; a merge may draw on other ranks, so all apply together."""
+
+    def work(group):
+        shard = shards[group.rank()]
+        reduction = reduce_distributed(method, shard, budget, group, **options)
+        return reduction, reduction.apply(shard.x)
+
+    return zip(*run_local(len(shards), work), strict=True)
+
+
 def same_as_single(tokens, method, budget, shards, **options):
     """Union over ranks against one rank: rows, items, scores, sizes, features and positions."""
     generator = torch.Generator().manual_seed(options["generator_seed"]) if options else None
     single = method.reduce(tokens, budget, generator)
-    parts = reduce_all(method, shards, budget, **options)
+    parts, applied = reduce_and_apply(method, shards, budget, **options)
     everywhere = torch.cat([part.global_index for part in parts])
     order = everywhere.sort(stable=True).indices
     assert everywhere[order].tolist() == single.index.tolist()
     assert sum(part.cu_seqlens for part in parts).tolist() == single.cu_seqlens.tolist()
     assert torch.cat([part.sizes for part in parts])[order].tolist() == single.sizes.tolist()
-    features = torch.cat([part.apply(shard.x) for part, shard in zip(parts, shards, strict=True)])
+    features = torch.cat(applied)
     assert bool((features[order] == single.apply(tokens.x)).all())
     positions = torch.cat([p.apply_positions(s.positions) for p, s in zip(parts, shards, strict=True)], 1)
     assert bool((positions[:, order] == single.apply_positions(tokens.positions)).all())
@@ -44,7 +56,7 @@ def same_as_single(tokens, method, budget, shards, **options):
             assert part.scores.tolist() == single.scores[shard.global_index].tolist()
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("world", [1, 3, 4])
 @pytest.mark.parametrize(("name", "options"), OPTIONS)
 def test_whole_frames_on_any_world_equal_one_rank(name, options, world):
     tokens, method = batch(), build(name, **options)
@@ -53,7 +65,7 @@ def test_whole_frames_on_any_world_equal_one_rank(name, options, world):
     same_as_single(tokens, method, budget, cut_frames(tokens, world, uneven=True))
 
 
-@pytest.mark.parametrize("world", [2, 3, 5])
+@pytest.mark.parametrize("world", [2, 5])
 @pytest.mark.parametrize(("name", "options"), [pair for pair in OPTIONS if pair[0] != "pool"])
 def test_any_partition_of_the_rows_equals_one_rank(name, options, world):
     tokens, method = batch(dtype=torch.bfloat16), build(name, **options)
@@ -98,7 +110,8 @@ def test_plain_tokens_are_each_ranks_own_frames():
             grid.append((count, h, w))
             offsets.append(offsets[-1] + count * h * w)
         index = torch.cat(rows)
-        shards.append(VisualTokens(tokens.x[index], offsets, grid, tokens.positions[:, index]))
+        channels = take_channels(tokens.channels, index)
+        shards.append(VisualTokens(tokens.x[index], offsets, grid, tokens.positions[:, index], channels))
     for name in METHODS:
         budget = Budget.ratio(0.3)
         parts = reduce_all(build(name), shards, budget)

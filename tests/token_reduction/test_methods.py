@@ -6,15 +6,21 @@ import pytest
 import torch
 
 from tests.token_reduction.cases import GRIDS, METHODS, batch, keep, one
-from token_reduction import Budget, Reducer, VisualTokens, build, methods
+from token_reduction import Budget, build, methods
 from token_reduction.reducers.pool import output_grid
 
 BUDGETS = [Budget.ratio(0.34), Budget.count(9), Budget.ratio(1.0), Budget.count(1000)]
 ALL = [(name, budget) for name in METHODS for budget in BUDGETS] + [("identity", Budget.ratio(1.0))]
 
 
-def test_the_tests_cover_every_method():
-    assert {*METHODS, "identity"} == set(methods())
+def test_every_method_says_what_it_needs_costs_and_where_it_comes_from():
+    assert len(methods()) >= 35
+    for name, method in methods().items():
+        assert method.name == name
+        assert method.form in ("authors'", "ours")
+        assert method.cost.startswith("O(")
+        assert method.source
+        assert set(method.needs) == set(build(name).needs)
 
 
 @pytest.mark.parametrize(("name", "budget"), ALL)
@@ -57,7 +63,7 @@ def test_the_same_input_gives_the_same_result_and_is_left_as_it_was(name):
 
 
 def test_an_item_without_rows_keeps_none():
-    tokens = VisualTokens(torch.randn(4, 3), [0, 0, 4], [(0, 2, 2), (1, 2, 2)], torch.arange(4)[None])
+    tokens = batch(((0, 2, 2), (1, 2, 2)))
     for name in METHODS:
         assert build(name).reduce(tokens, Budget.ratio(0.5)).cu_seqlens.tolist()[:2] == [0, 0]
 
@@ -67,9 +73,13 @@ def test_channels_that_a_method_needs_are_asked_for():
         name = "attentive"
         needs = frozenset({"cls_attn"})
 
+    bare = one(torch.randn(16, 4))
     with pytest.raises(ValueError, match="attentive needs the channels cls_attn; the tokens lack cls_attn"):
-        Attentive().reduce(batch(), Budget.ratio(0.5))
-    assert all(isinstance(build(name), Reducer) and build(name).needs == frozenset() for name in methods())
+        Attentive().reduce(bare, Budget.ratio(0.5))
+    for name, method in methods().items():
+        if method.needs:
+            with pytest.raises(ValueError, match=f"{name} needs the channels .*; the tokens lack {method.needs[0]}"):
+                build(name).reduce(bare, Budget.ratio(0.5))
 
 
 def test_uniform_takes_the_middles_of_equal_stretches():

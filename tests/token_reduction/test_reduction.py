@@ -16,6 +16,7 @@ def test_apply_equals_the_dense_matrix(name):
     dense = reduction.dense()
     assert dense.shape == (reduction.index.numel(), tokens.x.shape[0])
     torch.testing.assert_close(dense.sum(1), torch.ones(dense.shape[0], dtype=torch.float64))
+    assert bool((dense[torch.arange(len(dense)), reduction.index] > 0).all())  # a row draws on its own anchor
     torch.testing.assert_close(reduction.apply(tokens.x).double(), dense @ tokens.x.double(), atol=1e-5, rtol=1e-5)
     assert reduction.sizes.tolist() == (dense > 0).sum(1).tolist()
 

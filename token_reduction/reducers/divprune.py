@@ -60,6 +60,12 @@ class DivPrune(Reducer):
 
     center: bool = False
     name: ClassVar[str] = "divprune"
+    cost: ClassVar[str] = "O(k n D) time, O(n) memory beyond the tokens"
+    source: ClassVar[str] = "DivPrune (CVPR 2025)"
+    form: ClassVar[str] = "authors'"
+
+    def work(self, item: tuple[int, int, int], count: int, width: int) -> float:
+        return float(item[0] * item[1] * item[2]) * count * width
 
     def problem(self, shard: TokenShard, counts: Sequence[int]) -> str | None:
         return super().problem(shard, counts) or refuse_unfinite(self, shard)

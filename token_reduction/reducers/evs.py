@@ -48,6 +48,9 @@ class EVS(Reducer):
 
     center: bool = False
     name: ClassVar[str] = "evs"
+    cost: ClassVar[str] = "O(n D)"
+    source: ClassVar[str] = "EVS, efficient video sampling (vLLM)"
+    form: ClassVar[str] = "authors'"
 
     def item_count(self, item: tuple[int, int, int], budget: Budget) -> int:
         t, h, w = item

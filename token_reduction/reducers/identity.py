@@ -27,6 +27,9 @@ class Identity(Reducer):
     """
 
     name: ClassVar[str] = "identity"
+    cost: ClassVar[str] = "O(1)"
+    source: ClassVar[str] = "baseline"
+    form: ClassVar[str] = "authors'"
 
     def count(self, grid: Any, budget: Budget | None) -> list[int]:
         items = check_grid(grid)

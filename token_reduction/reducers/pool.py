@@ -57,6 +57,10 @@ class Pool(Reducer):
     """
 
     name: ClassVar[str] = "pool"
+    cost: ClassVar[str] = "O(n D)"
+    source: ClassVar[str] = "average pooling, baseline"
+    merges: ClassVar[bool] = True
+    form: ClassVar[str] = "authors'"
 
     def count(self, grid: Any, budget: Budget | None) -> list[int]:
         items = check_grid(grid)

@@ -29,6 +29,9 @@ class Random(Reducer):
 
     seed: int = 0
     name: ClassVar[str] = "random"
+    cost: ClassVar[str] = "O(n)"
+    source: ClassVar[str] = "baseline"
+    form: ClassVar[str] = "authors'"
 
     def reduce_shard(
         self,

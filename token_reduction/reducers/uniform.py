@@ -10,21 +10,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
+from token_reduction.exact import evenly
 from token_reduction.reducer import Reducer
 from token_reduction.reduction import Reduction
 from token_reduction.tokens import TokenShard
 from tokenring.transport import Transport
-
-
-def evenly(length: int, count: int) -> Tensor:
-    """Middles of `count` equal stretches of 0..length-1, int64, in integers throughout.
-
-    >>> evenly(10, 3)
-    tensor([1, 5, 8])
-    """
-    return (2 * torch.arange(count) + 1) * length // (2 * count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +26,9 @@ class Uniform(Reducer):
     """
 
     name: ClassVar[str] = "uniform"
+    cost: ClassVar[str] = "O(k)"
+    source: ClassVar[str] = "baseline"
+    form: ClassVar[str] = "authors'"
 
     def reduce_shard(
         self,
@@ -44,8 +38,5 @@ class Uniform(Reducer):
         generator: torch.Generator | None,
     ) -> Reduction:
         offsets, lengths = shard.cu_seqlens.tolist(), shard.cu_seqlens.diff().tolist()
-        kept = [
-            first + evenly(length, count) if count else torch.zeros(0, dtype=torch.int64)
-            for first, length, count in zip(offsets, lengths, counts)
-        ]
+        kept = [first + evenly(length, count) for first, length, count in zip(offsets, lengths, counts)]
         return Reduction.keep(shard, kept)

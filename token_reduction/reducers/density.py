@@ -1,0 +1,95 @@
+"""Density peaks: SeTok's semantic tokens, and VMTC's primary tokens with the rest in clusters.
+
+    density_i = exp(-mean squared distance to the nearest rows),  delta_i = distance to the nearest denser row
+    centres: the largest density x delta;   every other token joins its nearest centre
+
+Sources: SeTok, "Towards Semantic Equivalence of Tokenization in Multimodal LLM", section 3; VMTC, visual token compression by
+merging non-primary tokens (its cluster algorithm is not public: ours is the same density peaks).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from token_reduction.batch import Batch, Selection
+from token_reduction.exact import rest, top
+from token_reduction.selectors.cluster import density_peaks, join_nearest, scaled_rows
+from token_reduction.unit_reducer import UnitReducer
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeTok(UnitReducer):
+    """Keep k clusters of each frame, each the mean of its tokens at its centre.
+
+    Args:
+        neighbours: nearest rows that make a density.
+        threshold: score above which "paper" and "released" take a centre.
+        variant: "best" takes the k best centres. "paper" and "released" take the centres whose score, relative to the best, is
+            above `threshold`, k at most (`count` is an upper bound). The released code breaks ties with noise; here the
+            lowest index wins. The trained attention inside and between clusters is not part of this.
+
+    Scores: density x delta.
+    """
+
+    neighbours: int = 5
+    threshold: float = 0.5
+    name: ClassVar[str] = "setok"
+    cost: ClassVar[str] = "O(T N^2 D)"
+    source: ClassVar[str] = "SeTok, density-peak clusters"
+    merges: ClassVar[bool] = True
+    form: ClassVar[str] = "authors'"
+    scope: ClassVar[str] = "frame"
+
+    @property
+    def adaptive(self) -> bool:
+        return self.variant != "best"
+
+    def select_one(self, batch: Batch, count: int) -> Selection:
+        rows = scaled_rows(batch.x[0])
+        score = density_peaks(rows, self.neighbours)
+        if self.adaptive:
+            count = max(1, min(count, int((score > self.threshold * score.max()).sum())))
+        centres = top(score, count).sort().values
+        return Selection.groups(centres, join_nearest(rows, centres), score)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vmtc(UnitReducer):
+    """Keep k rows of each frame: primary tokens by [CLS] attention, the others merged in density-peak clusters.
+
+    Args:
+        primary: share of the k rows that stay as they are.
+        neighbours: nearest rows that make a density.
+
+    Scores: [CLS] attention. Variants: one algorithm; best, paper and released are the same.
+    """
+
+    primary: float = 0.5
+    neighbours: int = 5
+    name: ClassVar[str] = "vmtc"
+    needs: ClassVar[frozenset[str]] = frozenset({"cls_attn"})
+    cost: ClassVar[str] = "O(T N^2 D)"
+    source: ClassVar[str] = "VMTC, visual token compression of non-primary tokens"
+    merges: ClassVar[bool] = True
+    form: ClassVar[str] = "ours"
+    scope: ClassVar[str] = "frame"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.primary <= 1:
+            raise ValueError(f"primary is a share in 0..1, got {self.primary!r}")
+
+    def select_one(self, batch: Batch, count: int) -> Selection:
+        attention = batch.attention()[0]
+        first = top(attention, min(count - 1, round(self.primary * count)))
+        others = rest(len(attention), first)
+        rows = scaled_rows(batch.x[0, others])
+        centres = top(density_peaks(rows, self.neighbours), count - len(first)).sort().values
+        kept = torch.cat([first, others[centres]]).sort().values
+        group = torch.full_like(attention, -1, dtype=torch.int64)
+        group[first] = torch.searchsorted(kept, first)
+        group[others] = torch.searchsorted(kept, others[centres])[join_nearest(rows, centres)]
+        return Selection.groups(kept, group, attention)

@@ -1,0 +1,57 @@
+"""Facility location: the tokens that leave every token a near kept one. The plain coverage that several methods build on.
+
+F(Y) = sum_i max_{y in Y} cos(x_i, y),   grown greedily: within 1 - 1/e of the best of its size
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from token_reduction.batch import Batch, Selection
+from token_reduction.selectors.coverage import Columns, cosines, greedy
+from token_reduction.unit_reducer import UnitReducer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facility(UnitReducer):
+    """Keep k tokens of each item by greedy facility location over cosines.
+
+    Args:
+        sampler: "lazy" looks at exactly what greedy would take; "stochastic" draws (n/k) ln(1/accuracy) candidates a step.
+        accuracy: of the stochastic sampler.
+        center: take the item's mean off every token before the cosine.
+
+    The matrix of cosines is held while it is at most 256 MiB, its columns are made when asked for beyond that: O(n D) memory.
+    Scores: the gain of a kept token when it was chosen, 0 for the others. Variants: one algorithm, all the same.
+    """
+
+    sampler: str = "lazy"
+    accuracy: float = 0.1
+    center: bool = False
+    name: ClassVar[str] = "facility"
+    cost: ClassVar[str] = "O(n^2 D) time, O(n D) memory"
+    source: ClassVar[str] = (
+        "facility location; lazy greedy of Minoux 1978, stochastic greedy of Mirzasoleiman et al. 2015"
+    )
+    form: ClassVar[str] = "authors'"
+    draws: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sampler not in ("lazy", "stochastic"):
+            raise ValueError(f"facility has sampler lazy or stochastic, got {self.sampler!r}; lazy is exact")
+        if not 0 < self.accuracy < 1:
+            raise ValueError(f"accuracy lies between 0 and 1, got {self.accuracy!r}; 0.1 is usual")
+
+    def work(self, item: tuple[int, int, int], count: int, width: int) -> float:
+        return float(item[0] * item[1] * item[2]) ** 2 * width
+
+    def select_one(self, batch: Batch, count: int) -> Selection:
+        q = batch.units(center=self.center)[0]
+        columns = Columns.build(cosines(q), len(q), len(q), q.device)
+        chance = batch.generator(0) if self.sampler == "stochastic" else None
+        order, gains = greedy(columns, count, q.new_zeros(len(q)), -1.0, chance, self.accuracy)
+        return Selection(order.sort().values, scores=torch.zeros_like(q[:, 0]).index_put_((order,), gains))

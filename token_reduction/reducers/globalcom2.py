@@ -1,0 +1,118 @@
+"""GlobalCom2: the thumbnail of an any-resolution image decides how much each crop keeps.
+
+    s_c     = the thumbnail's [CLS] scores that fall in crop c
+    scale_c = min(1, R (1 + sigma_c - mean sigma)),   sigma = softmax((s - max s) / 10)
+    a crop's token: own [CLS] score + the thumbnail's at its place, each L2-normalised
+
+Source: GlobalCom2, "Global Compression Commander: Plug-and-Play Inference Acceleration for High-Resolution LVLMs", section 4.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from token_reduction.batch import Batch, Selection
+from token_reduction.budget import apportion
+from token_reduction.exact import top
+from token_reduction.unit_reducer import UnitReducer
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlobalCom2(UnitReducer):
+    """Keep k tokens of an item whose frame 0 is the thumbnail and whose other frames are its crops in raster order.
+
+    Args:
+        crops: (lines, columns) of crops. None: the squarest grid of T - 1 crops, lines <= columns.
+        image: (height, width) of the picture in any unit; crop tokens that only pad it go last. None: no padding.
+        temperature: of the crop shares; 10 as published.
+        variant: "best" and "paper" share out exactly k. "released" rounds each crop down, as the released code does, and
+            keeps fewer (`count` is an upper bound).
+
+    `cls_attn` holds scores of the last encoder layer; the released code takes them before the softmax. Scores: as above.
+    """
+
+    crops: tuple[int, int] | None = None
+    image: tuple[float, float] | None = None
+    temperature: float = 10.0
+    name: ClassVar[str] = "globalcom2"
+    needs: ClassVar[frozenset[str]] = frozenset({"cls_attn"})
+    cost: ClassVar[str] = "O(n log n)"
+    source: ClassVar[str] = "GlobalCom2"
+    form: ClassVar[str] = "authors'"
+    features: ClassVar[bool] = False
+
+    @property
+    def adaptive(self) -> bool:
+        return self.variant == "released"
+
+    def mosaic(self, crops: int) -> tuple[int, int]:
+        """(lines, columns) of the crops."""
+        if self.crops is not None:
+            if self.crops[0] * self.crops[1] != crops:
+                raise ValueError(
+                    f"globalcom2 has crops={self.crops} but the item has {crops} frames after its thumbnail; they must agree"
+                )
+            return self.crops
+        lines = max((d for d in range(1, math.isqrt(crops) + 1) if crops % d == 0), default=1)
+        return lines, crops // lines
+
+    def select_one(self, batch: Batch, count: int) -> Selection:
+        t, h, w = batch.grid
+        score = batch.attention()[0].view(t, h * w)
+        if t == 1:
+            return Selection(top(score[0], count).sort().values, scores=score[0])
+        lines, columns = self.mosaic(t - 1)
+        thumb = score[0].view(1, 1, h, w)
+        wide = interpolate(thumb, (lines * h, columns * w), mode="bilinear", align_corners=False)[0, 0]
+        global_ = _tiles(wide, lines, columns)
+        real = _tiles(self.unpadded(lines * h, columns * w).to(wide.device), lines, columns)
+        own = score[1:]
+        both = _unit(own) + global_ / global_.norm().clamp_min(1e-30)
+        both = torch.where(real, both, both - 4.0)
+        shares = self.shares(global_ * real, real, count, h * w)
+        parts = [score[0], *both]
+        kept = [f * h * w + top(part, share) for f, (part, share) in enumerate(zip(parts, shares))]
+        return Selection(torch.cat(kept).sort().values, scores=torch.cat(parts))
+
+    def shares(self, falling: Tensor, real: Tensor, count: int, cells: int) -> list[int]:
+        """Tokens of the thumbnail and of each crop."""
+        ratio = count / (cells * (len(falling) + 1))
+        total = falling.sum(1)
+        sigma = torch.softmax((total - total.max()) / self.temperature, 0)
+        scale = (ratio * (1 + sigma - sigma.mean())).clamp(max=1.0)
+        thumb = max(1, int(cells * ratio))
+        usable = real.sum(1)
+        if self.variant == "released":
+            return [thumb, *(usable * scale).int().tolist()]
+        caps = usable.tolist() if int(usable.sum()) >= count - thumb else [cells] * len(falling)
+        return [thumb, *apportion(count - thumb, (usable * scale).tolist(), caps)]
+
+    def unpadded(self, height: int, width: int) -> Tensor:
+        """(height, width) bool: places of the mosaic that show the picture, not its padding."""
+        inside = torch.ones(height, width, dtype=torch.bool)
+        if self.image is None:
+            return inside
+        tall, broad = self.image
+        if broad / tall > width / height:
+            pad = (height - int(tall * width / broad)) // 2
+            inside[:pad], inside[height - pad :] = False, False
+        else:
+            pad = (width - int(broad * height / tall)) // 2
+            inside[:, :pad], inside[:, width - pad :] = False, False
+        return inside
+
+
+def _tiles(mosaic: Tensor, lines: int, columns: int) -> Tensor:
+    """(lines h, columns w) -> (crops, h w)."""
+    h, w = mosaic.shape[0] // lines, mosaic.shape[1] // columns
+    return mosaic.view(lines, h, columns, w).permute(0, 2, 1, 3).reshape(lines * columns, h * w)
+
+
+def _unit(score: Tensor) -> Tensor:
+    return score / score.norm(dim=1, keepdim=True).clamp_min(1e-30)

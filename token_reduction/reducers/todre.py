@@ -1,0 +1,58 @@
+"""ToDRE stage 1: diverse tokens grown from the one that [CLS] attends to most.
+
+    pivot = arg-max [CLS] attention;   then k - 1 times
+    k-center (first version)    arg-max_v min_{c kept} (1 - cos(v, c))
+    max-sum (second version)    arg-min_v sum_{c kept} cos(v, c)
+
+Source: ToDRE, "Effective Visual Token Pruning via Token Diversity and Task Relevance", stage 1, versions 1 and 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from token_reduction.batch import Batch, Selection
+from token_reduction.selectors.diversity import max_min, max_sum
+from token_reduction.unit_reducer import UnitReducer
+
+_FORMS = {"k-center": max_min, "max-sum": max_sum}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToDRE(UnitReducer):
+    """Keep k tokens of each item, chosen for diversity from the pivot.
+
+    Args:
+        diversity: "k-center" or "max-sum". None: k-center for variant "best", which covers natural video better (max-sum
+            gathers near-duplicates at the extremes); max-sum, the form of the latest version, for "paper" and "released".
+        thumbnail: look for the pivot in frame 0 alone (any-resolution input, whose first image is the thumbnail).
+        center: take the item's mean off every token before the cosine.
+    """
+
+    diversity: str | None = None
+    thumbnail: bool = False
+    center: bool = False
+    name: ClassVar[str] = "todre"
+    needs: ClassVar[frozenset[str]] = frozenset({"cls_attn"})
+    cost: ClassVar[str] = "O(k n D) time, O(n D) memory"
+    source: ClassVar[str] = "ToDRE, stage 1 (both published forms)"
+    form: ClassVar[str] = "authors'"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.diversity is not None and self.diversity not in _FORMS:
+            raise ValueError(
+                f"todre has diversity {' or '.join(_FORMS)}, got {self.diversity!r}; leave it out for the variant's own"
+            )
+
+    def work(self, item: tuple[int, int, int], count: int, width: int) -> float:
+        return float(item[0] * item[1] * item[2]) * count * width
+
+    def select_one(self, batch: Batch, count: int) -> Selection:
+        attention = batch.attention()[0]
+        _, h, w = batch.grid
+        pivot = int((attention[: h * w] if self.thumbnail else attention).argmax())
+        form = self.diversity or ("k-center" if self.variant == "best" else "max-sum")
+        order = _FORMS[form](batch.units(center=self.center)[0], count, pivot)
+        return Selection(order.sort().values)

@@ -1,0 +1,56 @@
+"""Token Transforming: every kept token draws from all tokens (many to many).
+
+    X' = W X,   W_ij ~ exp(tau cos(x_i, x_j)),   kept i by attention, rows of W sum to 1
+
+Pruning, merging and this are the same object, a matrix W; so says the paper. Its own weights are not public: ours.
+Source: "Token Transforming: A Unified and Training-Free Token Compression Framework for Vision Transformer Acceleration".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from token_reduction.batch import Batch, Selection
+from token_reduction.exact import top
+from token_reduction.unit_reducer import UnitReducer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenTransforming(UnitReducer):
+    """Keep k rows of each frame, each a weighted mean of the tokens most like it.
+
+    Args:
+        temperature: tau above; large values come near pruning.
+        sources: most tokens that a row draws from, its own among them.
+
+    Scores: [CLS] attention. Variants: one algorithm; best, paper and released are the same.
+    """
+
+    temperature: float = 10.0
+    sources: int = 32
+    name: ClassVar[str] = "token_transforming"
+    needs: ClassVar[frozenset[str]] = frozenset({"cls_attn"})
+    cost: ClassVar[str] = "O(k n D)"
+    source: ClassVar[str] = "Token Transforming (many-to-many token aggregation)"
+    merges: ClassVar[bool] = True
+    form: ClassVar[str] = "ours"
+    scope: ClassVar[str] = "frame"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sources < 1:
+            raise ValueError(f"a row draws from at least 1 token, got sources={self.sources!r}; 1 is pruning")
+
+    def select_one(self, batch: Batch, count: int) -> Selection:
+        attention, q = batch.attention()[0], batch.units()[0]
+        kept = top(attention, count).sort().values
+        cosine = q[kept] @ q.mT
+        cosine[torch.arange(count), kept] = 2.0  # a row always draws from its own token, duplicates or not
+        near = top(cosine, min(self.sources, len(q)))
+        logits = cosine.gather(1, near).clamp(max=1.0) * self.temperature
+        weight = torch.softmax(logits, 1)
+        rows = torch.arange(count, device=kept.device)[:, None].expand_as(near)
+        return Selection.merge(kept, rows.reshape(-1), near.reshape(-1), weight.reshape(-1), attention)

@@ -1,0 +1,50 @@
+"""ToMe: merge the tokens whose keys are most alike, a few per round, by the mean of all tokens in them.
+
+    round: A = even rows, B = odd rows; the r closest pairs join, weighted by how many tokens each row holds
+
+Source: Bolya et al., "Token Merging: Your ViT But Faster" (ICLR 2023), section 3. In the encoder each layer is a round; here
+the rounds follow each other, on the keys of one layer. `Reduction.log_sizes` is its proportional attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from token_reduction.batch import Batch, Selection
+from token_reduction.reducers.aim import rows_of
+from token_reduction.selectors.pairs import merge_rounds
+from token_reduction.unit_reducer import UnitReducer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToMe(UnitReducer):
+    """Keep k rows of each frame, every row the mean of its tokens.
+
+    Args:
+        per_round: tokens that one round takes away.
+
+    Variants: one algorithm; best, paper and released are the same. Scores: none.
+    """
+
+    per_round: int = 16
+    name: ClassVar[str] = "tome"
+    needs: ClassVar[frozenset[str]] = frozenset({"keys"})
+    cost: ClassVar[str] = "O(T N^3 D / r)"
+    source: ClassVar[str] = "ToMe, token merging"
+    merges: ClassVar[bool] = True
+    form: ClassVar[str] = "authors'"
+    scope: ClassVar[str] = "frame"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.per_round < 1:
+            raise ValueError(f"a round takes away at least 1 token, got per_round={self.per_round!r}; 16 is published")
+
+    def select(self, batch: Batch, count: int) -> Sequence[Selection]:
+        merged = merge_rounds(batch.channels["keys"].flatten(2), count, self.per_round, sized=True)
+        return [rows_of(*parts) for parts in zip(*merged)]
+
+    def select_one(self, batch: Batch, count: int) -> Selection:
+        return self.select(batch, count)[0]

@@ -1,0 +1,57 @@
+"""VidCom2: more tokens for frames that stand out, and in each frame the tokens that stand out.
+
+    u(x, c) = sum over a in 2^-3 .. 2^1 of exp(-|x - c|^2 / 2a)            near 1 each: like the centre
+    frame share  ~ 1 + p - mean p,  p = softmax(-mean_frame u(x, video centre) / 0.01)
+    keep the smallest u(x, video centre) + u(x, frame centre) of each frame
+
+Features: the half of the channels with the least variance, in unit rows.
+Source: VidCom2, "Video Compression Commander: Plug-and-Play Inference Acceleration for Video LLMs" (EMNLP 2025).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from token_reduction.batch import Batch, Selection
+from token_reduction.budget import apportion
+from token_reduction.exact import top
+from token_reduction.unit_reducer import UnitReducer
+
+
+@dataclass(frozen=True, kw_only=True)
+class VidCom2(UnitReducer):
+    """Keep exactly k tokens of each video, shared over frames by how much each stands out (at least 1 each where k allows).
+
+    Args:
+        temperature: of the frame shares.
+
+    Scores: minus the summed likeness. Variants: one algorithm; best, paper and released are the same.
+    """
+
+    temperature: float = 0.01
+    name: ClassVar[str] = "vidcom2"
+    cost: ClassVar[str] = "O(n D)"
+    source: ClassVar[str] = "VidCom2"
+    form: ClassVar[str] = "authors'"
+
+    def select_one(self, batch: Batch, count: int) -> Selection:
+        t, h, w = batch.grid
+        x = batch.x[0].double()
+        calm = top(-x.var(0, unbiased=False), max(1, x.shape[1] // 2)).sort().values
+        x = torch.nn.functional.normalize(x[:, calm], dim=-1).view(t, h * w, -1)
+        video = _likeness(x, x.mean((0, 1)))
+        frame = _likeness(x, x.mean(1, keepdim=True))
+        p = torch.softmax(-video.mean(1) / self.temperature, 0)
+        shares = apportion(count, (1 + p - p.mean()).tolist(), [h * w] * t)
+        score = -(video + frame)
+        kept = [f * h * w + top(score[f], share) for f, share in enumerate(shares)]
+        return Selection(torch.cat(kept).sort().values, scores=score.flatten())
+
+
+def _likeness(x: Tensor, centre: Tensor) -> Tensor:
+    squared = ((x - centre) ** 2).sum(-1)
+    return sum(torch.exp(-squared / (2 * 2.0**power)) for power in range(-3, 2))

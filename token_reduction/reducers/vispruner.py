@@ -1,0 +1,57 @@
+"""VisPruner: half the tokens by attention, half by dropping near-duplicates.
+
+    important  the tokens with the largest [CLS] attention
+    diverse    the rest, in rounds: even rows against odd rows, the r even rows most like an odd one go
+
+Source: VisPruner, "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs" (ICCV 2025).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from token_reduction.batch import Batch, Selection
+from token_reduction.exact import rest, top
+from token_reduction.selectors.pairs import closest
+from token_reduction.unit_reducer import UnitReducer
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisPruner(UnitReducer):
+    """Keep k tokens of each frame.
+
+    Args:
+        important: share chosen by attention.
+        per_round: near-duplicates dropped in one round.
+
+    Scores: [CLS] attention. Variants: one algorithm; best, paper and released are the same.
+    """
+
+    important: float = 0.5
+    per_round: int = 8
+    name: ClassVar[str] = "vispruner"
+    needs: ClassVar[frozenset[str]] = frozenset({"cls_attn"})
+    cost: ClassVar[str] = "O(T N^3 D / r)"
+    source: ClassVar[str] = "VisPruner"
+    form: ClassVar[str] = "authors'"
+    scope: ClassVar[str] = "frame"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.important <= 1 or self.per_round < 1:
+            raise ValueError(
+                f"vispruner has important in 0..1 and per_round of 1 or more, got {self.important!r}, {self.per_round!r}"
+            )
+
+    def select_one(self, batch: Batch, count: int) -> Selection:
+        attention = batch.attention()[0]
+        first = top(attention, round(self.important * count))
+        left, goal = rest(len(attention), first), count - len(first)
+        while goal and len(left) > goal:
+            score, _ = closest(batch.x[:, left])
+            gone = 2 * top(score[0], min(self.per_round, len(left) - goal, len(left) // 2))
+            left = left[rest(len(left), gone)]
+        return Selection(torch.cat([first, left[:goal]]).sort().values, scores=attention)

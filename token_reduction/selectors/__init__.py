@@ -1,0 +1,1 @@
+"""What several methods choose with: coverage, diversity, clusters, pairs."""

@@ -1,0 +1,81 @@
+"""Greedy diversity in O(n D) memory: max-sum and max-min from a pivot, and the most probable set of a DPP.
+
+    max-sum   next = arg-min_v sum_{c kept} cos(v, c)
+    max-min   next = arg-max_v min_{c kept} (1 - cos(v, c))
+    DPP       next = arg-max_v det L[kept + v] / det L[kept]      L_ij = r_i r_j cos(i, j)
+
+The DPP's ratio is the squared residual d_v of v after projection on the kept, updated by one row of a Cholesky factor each step
+(Chen, Zhang, Zhou, "Fast greedy MAP inference for determinantal point process", NeurIPS 2018).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_RANK = 1e-10
+
+
+def max_sum(q: Tensor, count: int, pivot: int) -> Tensor:
+    """Order of choice (count,) over exact unit rows q (n, D), from `pivot`; ties go to the lowest index."""
+    total = q.new_zeros(q.shape[0])
+    order = [pivot]
+    for _ in range(count - 1):
+        total += q @ q[order[-1]]
+        total[order[-1]] = math.inf
+        order.append(int(total.argmin()))
+    return torch.tensor(order, device=q.device)
+
+
+def max_min(q: Tensor, count: int, pivot: int) -> Tensor:
+    """Farthest-point order (count,) over exact unit rows, from `pivot`; ties go to the lowest index."""
+    half = 0.5 * (q * q).sum(1)
+    nearest = torch.full_like(half, math.inf)
+    order = [pivot]
+    for _ in range(count - 1):
+        last = order[-1]
+        nearest = torch.minimum(nearest, half + half[last] - q @ q[last])
+        nearest[order] = -math.inf
+        order.append(int(nearest.argmax()))
+    return torch.tensor(order, device=q.device)
+
+
+def dpp(q: Tensor, count: int, quality: Tensor, block: int | None = None) -> Tensor:
+    """Order of choice (count,) of greedy MAP over L = diag(r) q q^T diag(r); ties go to the lowest index.
+
+    A kernel of rank D has no more than D rows of positive determinant; after that, or after `block` choices, a new set is
+    begun among the rows that are left. So at most min(D, block) rows of the factor are held: O(n min(D, block)) memory.
+    """
+    return dpp_of(lambda i: q @ q[i] * quality * quality[i], (q * q).sum(1) * quality**2, count, block or q.shape[1])
+
+
+def dpp_of(column, diagonal: Tensor, count: int, block: int) -> Tensor:
+    """`dpp` of any kernel, given by `column(i)` (n,) and its diagonal."""
+    order: list[int] = []
+    taken = torch.zeros_like(diagonal, dtype=torch.bool)
+    while len(order) < count:
+        fresh = _dpp_block(column, diagonal, taken, min(block, count - len(order)))
+        order += fresh
+    return torch.tensor(order, device=diagonal.device)
+
+
+def _dpp_block(column, diagonal: Tensor, taken: Tensor, count: int) -> list[int]:
+    left = torch.where(taken, -math.inf, diagonal)
+    floor = _RANK * float(diagonal.max())
+    factor = diagonal.new_empty((count, diagonal.numel()))
+    order: list[int] = []
+    while len(order) < count:
+        best = int(left.argmax())
+        if order and float(left[best]) <= floor:
+            break
+        step = len(order)
+        # A sum over dim 0 adds every column in the same order, so equal rows keep equal residuals; a matrix product may not.
+        known = (factor[:step] * factor[:step, best, None]).sum(0)
+        factor[step] = (column(best) - known) / max(float(left[best]), floor, 1e-300) ** 0.5
+        left = left - factor[step] ** 2
+        left[best] = -math.inf
+        taken[best] = True
+        order.append(best)
+    return order
