@@ -1,5 +1,6 @@
 """Mixture-of-experts parallel folding."""
 
 from moe.folding import Folding
+from moe.router import Router, RouterConfig, Routing
 
-__all__ = ["Folding"]
+__all__ = ["Folding", "Router", "RouterConfig", "Routing"]
