@@ -1,3 +1,23 @@
-"""AnchorAttention, stripe-sparse prefill. Nothing is public here yet: the package holds its name and place in the house."""
+"""AnchorAttention: stripe-sparse prefill, exact where it says so.
 
-__all__: list[str] = []
+from sparse_attn import AnchorConfig, anchor_attention
+out = anchor_attention(q, k, v, config=AnchorConfig())
+"""
+
+from sparse_attn.api import anchor_attention, execute, plan
+from sparse_attn.config import AnchorConfig
+from sparse_attn.geometry import Geometry
+from sparse_attn.reference import reference_attention
+from sparse_attn.stats import Stats
+from sparse_attn.stripes import StripePlan
+
+__all__ = [
+    "AnchorConfig",
+    "Geometry",
+    "Stats",
+    "StripePlan",
+    "anchor_attention",
+    "execute",
+    "plan",
+    "reference_attention",
+]

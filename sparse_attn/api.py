@@ -1,0 +1,180 @@
+"""The calls users make: `anchor_attention`, and its two halves `plan` and `execute`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sparse_attn.arguments import check, kept_rows, packed
+from sparse_attn.config import AnchorConfig
+from sparse_attn.cost import resolved
+from sparse_attn.geometry import Geometry, documents_of
+from sparse_attn.gradients import gradients
+from sparse_attn.kernels.blocks import Blocks
+from sparse_attn.run import Run
+from sparse_attn.stats import Stats
+from sparse_attn.stripes import StripePlan
+from tokenring import Mask
+
+Numbers = Any
+"""A list of whole numbers or an integer tensor."""
+
+
+def anchor_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    config: AnchorConfig | None = None,
+    scale: float | None = None,
+    mask: Mask | str = "causal",
+    cu_seqlens: Numbers | None = None,
+    kv_cu_seqlens: Numbers | None = None,
+    keep: Numbers | None = None,
+    plan: StripePlan | None = None,
+    kernel: str = "auto",
+    return_lse: bool = False,
+    return_stats: bool = False,
+) -> Any:
+    """Causal attention over an anchor region and the key rows that matter: AnchorAttention (arXiv 2505.23520).
+
+        out_i = softmax over I, W_g(i) and S_g(i) of (scale * q_i . k_j)  v_j
+
+    I is the initial block, W_g a window up to the diagonal, S_g the columns that row i's group keeps because for some of its
+    rows anchor - score <= theta. With theta = infinity the three are all keys up to i: dense attention.
+
+    Args:
+        q: (B, Sq, Hq, D). k: (B, Sk, Hkv, D). v: (B, Sk, Hkv, Dv); Hq a multiple of Hkv, Sq <= Sk. Queries are the last rows
+            of their sequence (chunked prefill, prefix cache). float16, bfloat16, float32 or float64.
+        config: `AnchorConfig()` where not given.
+        scale: 1 / sqrt(D) where not given.
+        mask: "causal", or a causal `tokenring.Mask` of documents; other masks are refused.
+        cu_seqlens, kv_cu_seqlens: documents packed in the sequence, each from 0 to the sequence's length.
+        keep: rows of k that every later group sees, as part of its anchor region: visual tokens of a multimodal prompt.
+        plan: use these columns (see `plan`); leave config, documents and keep out then.
+        kernel: "auto", or the name of a block kernel of tokenring.
+        return_lse: also lse. return_stats: also `Stats`.
+
+    Returns:
+        out (B, Sq, Hq, Dv) in q's dtype; lse (B, Hq, Sq) float32 (float64 for float64), natural log. Differentiable in
+        q, k and v, the columns being constants.
+
+    Raises:
+        ValueError: arguments that do not fit together, or that cannot be honoured.
+
+    >>> q, k, v = torch.randn(1, 300, 4, 16), torch.randn(1, 300, 2, 16), torch.randn(1, 300, 2, 16)
+    >>> out, stats = anchor_attention(q, k, v, config=AnchorConfig(block=16, step=2, dense="never"), return_stats=True)
+    >>> out.shape, stats.path
+    (torch.Size([1, 300, 4, 16]), 'sparse')
+    """
+    run = _prepared(q, k, v, config, scale, mask, cu_seqlens, kv_cu_seqlens, keep, plan, kernel)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        out, lse = _Attention.apply(q, k, v, run)
+    else:
+        out, lse = run.forward(q, k, v)
+    found: tuple[Any, ...] = (out.to(q.dtype),)
+    if return_lse:
+        found += (lse,)
+    if return_stats:
+        assert run.plan is not None
+        run.stats.of_plan(run.plan)
+        found += (run.stats,)
+    return found[0] if len(found) == 1 else found
+
+
+def plan(
+    q: Tensor,
+    k: Tensor,
+    *,
+    config: AnchorConfig | None = None,
+    scale: float | None = None,
+    mask: Mask | str = "causal",
+    cu_seqlens: Numbers | None = None,
+    kv_cu_seqlens: Numbers | None = None,
+    keep: Numbers | None = None,
+    kernel: str = "auto",
+) -> StripePlan:
+    """The columns that `anchor_attention` would use, without values: phases 1 and 2. Arguments as there.
+
+    >>> q, k = torch.randn(1, 300, 2, 16), torch.randn(1, 300, 1, 16)
+    >>> found = plan(q, k, config=AnchorConfig(theta=1.0, block=16, step=2, dense="never"))
+    >>> found.counts.shape, found.density < 1
+    (torch.Size([10, 1, 2]), True)
+    """
+    run = _prepared(q, k, k, config, scale, mask, cu_seqlens, kv_cu_seqlens, keep, None, kernel)
+    with torch.no_grad():
+        return run.find(q, k)
+
+
+def execute(
+    plan: StripePlan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    kernel: str = "auto",
+    return_lse: bool = False,
+) -> Any:
+    """Attention under a plan: phases 1 and 3. Differentiable; arguments and results as for `anchor_attention`.
+
+    >>> q, k, v = torch.randn(1, 90, 2, 16), torch.randn(1, 90, 1, 16), torch.randn(1, 90, 1, 16)
+    >>> found = globals()["plan"](q, k, config=AnchorConfig(block=16, step=1, dense="never"))
+    >>> torch.allclose(execute(found, q, k, v), anchor_attention(q, k, v, plan=found))
+    True
+    """
+    return anchor_attention(q, k, v, plan=plan, scale=scale, kernel=kernel, return_lse=return_lse)
+
+
+def _prepared(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: AnchorConfig | None,
+    scale: float | None,
+    mask: Mask | str,
+    cu_seqlens: Numbers | None,
+    kv_cu_seqlens: Numbers | None,
+    keep: Numbers | None,
+    plan: StripePlan | None,
+    kernel: str,
+) -> Run:
+    check(q, k, v, scale)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    if plan is not None:
+        given = {"config": config, "cu_seqlens": cu_seqlens, "kv_cu_seqlens": kv_cu_seqlens, "keep": keep}
+        told = [name for name, value in given.items() if value is not None] + (["mask"] if mask != "causal" else [])
+        if told:
+            raise ValueError(f"got plan= and {', '.join(told)}=; a plan says these itself: leave them out")
+        plan.check(q, k)
+        return Run(plan.geometry, AnchorConfig(), scale, kernel, plan.keep, plan, Stats())
+    config = AnchorConfig() if config is None else config
+    config.thetas(q.shape[2])
+    cu_seqlens, kv_cu_seqlens = packed(mask, cu_seqlens, kv_cu_seqlens)
+    documents = documents_of(q.shape[1], k.shape[1], cu_seqlens, kv_cu_seqlens)
+    longest = max(b - a for _, (a, b) in documents) if documents else 0
+    geometry = Geometry.of(documents, *resolved(config, longest))
+    return Run(geometry, config, scale, kernel, kept_rows(keep, k), None, Stats())
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, run: Run) -> tuple[Tensor, Tensor]:
+        out, lse = run.forward(q, k, v)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.run = run
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        blocks = Blocks.of(ctx.run.kernel, q, v, ctx.run.scale)
+        with torch.autocast(q.device.type, enabled=False):
+            return *gradients(blocks, ctx.run.plan, q, k, v, out, lse, do), None

@@ -1,0 +1,89 @@
+"""Every query against its own anchor: all columns, or only those that a bound lets through.
+
+    every     keep column j  <=>  q_i . k_j * scale - lse_i >= -theta  for some row i of the group
+    rescore   the same test, asked only where  mid_u . k_j + reach * half_u . |k_j| >= -theta  for some box u
+
+A box holds `box` neighbouring rows of [scale * q, -lse]: mid and half are the middle and half width of its smallest and largest
+entries. With reach = 1 no row's score exceeds the bound, so nothing is lost; boxes of many dims are wide, and most columns
+would pass. A smaller reach is a guess. Either way a key that is huge for one query passes: the bound grows with the key.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_attn.config import AnchorConfig
+from sparse_attn.geometry import Geometry, Group
+from sparse_attn.identify.products import column_maximum, test_dtype, with_anchor, with_ones
+
+
+class EveryFinder:
+    """`identify="every"`: the reference for all others."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, lse: Tensor, geometry: Geometry, config: AnchorConfig, scale: float
+    ) -> None:
+        self.q, self.lse, self.config, self.scale = q, lse, config, scale
+        self.dtype = test_dtype(q, config.scores)
+        self.keys = with_ones(k, self.dtype)
+        self.theta = lse.new_tensor(config.thetas(q.shape[2]))
+
+    def kept(self, group: Group, entry: int) -> Tensor:
+        """bool (Hq, candidates): see `Finder`."""
+        heads = self.rows(group, entry).unflatten(0, (self.keys.shape[1], -1))
+        keys = self.keys[entry, :, slice(*group.candidates)]
+        best = torch.cat([column_maximum(rows, columns) for rows, columns in zip(heads, keys)])
+        return best >= -self.theta[:, None]
+
+    def passed(self, group: Group, entry: int) -> Tensor:
+        """bool (Hq, candidates): all columns are tested."""
+        count = group.candidate_keys
+        return torch.ones(self.q.shape[2], count, dtype=torch.bool, device=self.q.device)
+
+    def rows(self, group: Group, entry: int) -> Tensor:
+        """(Hq, rows, d): the group's queries with their anchors."""
+        rows = slice(*group.rows)
+        return with_anchor(self.q[entry, rows], self.lse[entry, :, rows], self.scale, self.dtype)
+
+
+class RescoreFinder(EveryFinder):
+    """`identify="rescore"`: a bound by boxes of queries, then the exact test of what passes."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, lse: Tensor, geometry: Geometry, config: AnchorConfig, scale: float
+    ) -> None:
+        super().__init__(q, k, lse, geometry, config, scale)
+        self.bounding = torch.cat([self.keys, self.keys.abs()], dim=-1)
+
+    def kept(self, group: Group, entry: int) -> Tensor:
+        """bool (Hq, candidates): see `Finder`."""
+        rows, span = self.rows(group, entry), slice(*group.candidates)
+        kept = self._within_bound(rows, span, entry)
+        each = rows.shape[0] // self.keys.shape[1]
+        for head, passed in enumerate(kept):
+            columns = passed.nonzero()[:, 0]
+            if len(columns):
+                keys = self.keys[entry, head // each, span].index_select(0, columns)
+                passed[columns] = column_maximum(rows[head : head + 1], keys)[0] >= -self.theta[head]
+        return kept
+
+    def passed(self, group: Group, entry: int) -> Tensor:
+        """bool (Hq, candidates): the columns that the bound lets through to the exact test."""
+        return self._within_bound(self.rows(group, entry), slice(*group.candidates), entry)
+
+    def _within_bound(self, rows: Tensor, span: slice, entry: int) -> Tensor:
+        heads = boxes(rows, self.config.box, self.config.reach).unflatten(0, (self.keys.shape[1], -1))
+        bounds = torch.cat([column_maximum(b, x) for b, x in zip(heads, self.bounding[entry, :, span])])
+        return bounds >= -self.theta[:, None]
+
+
+def boxes(rows: Tensor, box: int, reach: float) -> Tensor:
+    """(n, boxes, 2 d): [middle, reach * half width] of each run of `box` rows of (n, R, d)."""
+    missing = -rows.shape[1] % box
+    whole = rows if not missing else torch.cat([rows, rows[:, -1:].expand(-1, missing, -1)], 1)
+    low, high = torch.aminmax(
+        whole.unflatten(1, (-1, box)).float() if rows.dtype == torch.bfloat16 else whole.unflatten(1, (-1, box)), dim=2
+    )
+    middle = (low + high) / 2
+    return torch.cat([middle, reach * (high - middle)], -1).to(rows.dtype)

@@ -1,0 +1,119 @@
+"""Both passes on torch operators: any device, any length, memory linear in length.
+
+Groups alike go through the anchor region in one call, as batch entries. Stripes: keys and values lie side by side, one head
+after another, so that a group gathers each chosen row once, both at a time; the heads' partials merge together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from sparse_attn.geometry import Geometry, Group
+from sparse_attn.kernels.blocks import Blocks, empty
+from sparse_attn.stripes import StripePlan, within
+from tokenring.merge import accumulator_dtype, merge_
+
+ROWS_AT_ONCE = 1 << 16
+"""Rows of one call over groups alike: bounds the copies of their prefixes, and keeps every core busy."""
+
+
+class TorchKernel:
+    """Anchor region and stripes through a tokenring block kernel, "auto" or by name."""
+
+    def __init__(self, name: str, q: Tensor, v: Tensor, scale: float) -> None:
+        self.blocks = Blocks.of(name, q, v, scale)
+
+    def anchor(self, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Exact attention of every row over its anchor region: out (B, S, Hq, Dv) and lse, in the accumulator's dtype."""
+        out, lse = empty(q, v.shape[-1], accumulator_dtype(q.dtype))
+        for groups in alike(geometry):
+            rows = slice(groups[0].rows[0], groups[-1].rows[1])
+            own_keys = slice(groups[0].diagonal, groups[-1].diagonal + groups[-1].count)
+            folded = [_fold(x, len(groups)) for x in (q[:, rows], k[:, own_keys], v[:, own_keys])]
+            part_out, part_lse = self.blocks.attend(*folded, causal=True)
+            prefix = [_prefixes(x, groups) for x in (k, v)]
+            if groups[0].prefix:
+                before, before_lse = self.blocks.attend(folded[0], *prefix)
+                part_out = part_out.to(out.dtype)
+                merge_(part_out, part_lse, before, before_lse)
+            out[:, rows] = part_out.reshape(out[:, rows].shape)
+            lse[:, :, rows] = part_lse.unflatten(0, (-1, len(groups))).transpose(1, 2).flatten(2)
+            if keep is not None:
+                self._join_kept(out, lse, q, k, v, groups, keep)
+        return out, lse
+
+    def _join_kept(
+        self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, groups: Sequence[Group], keep: Tensor
+    ) -> None:
+        for group in groups:
+            columns, rows = within(keep, group.candidates), slice(*group.rows)
+            if len(columns):
+                part = self.blocks.attend(q[:, rows], k.index_select(1, columns), v.index_select(1, columns))
+                merge_(out[:, rows], lse[:, :, rows], *part)
+
+    def stripes_(self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: StripePlan) -> None:
+        """Every group's columns join (out, lse) of its rows, in place."""
+        beside = torch.cat([k, v], dim=-1).transpose(1, 2).contiguous()
+        for number, group in enumerate(plan.geometry.groups):
+            lists = plan.lists(number)
+            if not any(len(columns) for columns in lists):
+                continue
+            rows = slice(*group.rows)
+            part_out, part_lse = empty(q[:, rows], v.shape[-1], q.dtype)
+            for place, columns in enumerate(lists):
+                if len(columns):
+                    entry, queries, key_head = heads_of(plan, place)
+                    keys, values = _gathered(beside[entry, key_head], columns, k.shape[-1])
+                    found, found_lse = self.blocks.attend(q[entry, rows, queries].unsqueeze(0), keys, values)
+                    part_out[entry, :, queries], part_lse[entry, queries] = found[0], found_lse[0]
+            merge_(out[:, rows], lse[:, :, rows], part_out, part_lse)
+
+
+def alike(geometry: Geometry) -> Iterator[list[Group]]:
+    """Runs of neighbouring groups of one document with as many rows and prefix keys: one call for all of them."""
+
+    def kind(group: Group) -> tuple[int, ...]:
+        return group.document, group.count, *(b - a for a, b in group.prefix)
+
+    for _, groups in groupby(geometry.groups, kind):
+        found = list(groups)
+        step = max(1, ROWS_AT_ONCE // found[0].count)
+        for first in range(0, len(found), step):
+            yield found[first : first + step]
+
+
+def heads_of(plan: StripePlan, place: int) -> tuple[int, slice, int]:
+    """Batch entry, query heads and key head of a list of a group."""
+    entry, head = divmod(place, plan.heads)
+    each = plan.q_heads // plan.kv_heads
+    if plan.share == "query":
+        return entry, slice(head, head + 1), head // each
+    return entry, slice(head * each, (head + 1) * each), head
+
+
+def _fold(x: Tensor, groups: int) -> Tensor:
+    """(B, groups * rows, H, D) -> (B * groups, rows, H, D)."""
+    return x.unflatten(1, (groups, -1)).flatten(0, 1)
+
+
+def _prefixes(x: Tensor, groups: Sequence[Group]) -> Tensor:
+    """The prefixes of groups alike: (B * groups, keys, H, D)."""
+    if not groups[0].prefix:
+        return x[:, :0]
+    if len(groups) == 1:
+        parts = [x[:, a:b] for a, b in groups[0].prefix]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    each = torch.stack([torch.cat([x[:, a:b] for a, b in group.prefix], dim=1) for group in groups], dim=1)
+    return each.flatten(0, 1)
+
+
+def _gathered(rows: Tensor, columns: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Keys and values (1, n, 1, D) of some rows; a run of neighbours is a view."""
+    first, last = int(columns[0]), int(columns[-1])
+    chosen = rows[first : last + 1] if last - first + 1 == len(columns) else rows.index_select(0, columns)
+    chosen = chosen[None, :, None]
+    return chosen[..., :dim], chosen[..., dim:]

@@ -1,0 +1,137 @@
+"""Which columns are kept: against tests written out by brute force."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from sparse_attn import AnchorConfig, StripePlan, plan
+from tests.oracle import random_qkv
+
+BLOCK, STEP = 8, 4
+METHODS = ("pooled", "lse", "rescore", "every")
+
+
+def config(theta: float, method: str, **options) -> AnchorConfig:
+    return AnchorConfig(
+        **{"theta": theta, "block": BLOCK, "step": STEP, "identify": method, "dense": "never", **options}
+    )
+
+
+def brute_force(q, k, theta: float, method: str, head: int) -> dict[int, set[int]]:
+    """The paper's definition in loops, for one batch entry, float64; {group: columns}."""
+    length, rows = q.shape[1], BLOCK * STEP
+    scores = (q[0, :, head] @ k[0, :, head * k.shape[2] // q.shape[2]].T) * q.shape[-1] ** -0.5
+    kept = {}
+    for number, start in enumerate(range(0, length, rows)):
+        candidates = range(BLOCK, start - BLOCK)
+        region = lambda i, start=start: [*range(min(BLOCK, i + 1)), *range(max(start - BLOCK, BLOCK), i + 1)]  # noqa: E731
+        stop, found = min(start + rows, length), set()
+        for first in range(start, stop, BLOCK):
+            block = range(first, min(first + BLOCK, stop))
+            maximum = torch.stack([scores[i, region(i)].max() for i in block])
+            lse = torch.stack([scores[i, region(i)].logsumexp(0) for i in block])
+            for j in candidates:
+                column = scores[list(block), j]
+                margin = {
+                    "pooled": column.mean() - maximum.mean(),
+                    "lse": column.mean() - lse.mean(),
+                    "every": (column - lse).max(),
+                }[method]
+                if margin >= -theta:
+                    found.add(j)
+        kept[number] = found
+    return kept
+
+
+def as_sets(found: StripePlan, head: int) -> dict[int, set[int]]:
+    return {g: set(found.columns(g, 0, head).tolist()) for g in range(len(found.geometry.groups))}
+
+
+@pytest.mark.parametrize("method", ["pooled", "lse", "every"])
+@pytest.mark.parametrize("length", [130, 203])
+@pytest.mark.parametrize("theta", [1.0, 2.5])
+def test_the_kept_columns_are_those_of_the_definition(method: str, length: int, theta: float) -> None:
+    q, k, _ = random_qkv(1, length, 4, 2, 16, torch.float64, seed=length)
+    theta += 1.5 * (method == "lse")
+    found = plan(q, k, config=config(theta, method))
+    for head in range(4):
+        assert as_sets(found, head) == brute_force(q, k, theta, method, head)
+    assert 0 < found.stripe_density < 1
+
+
+@pytest.mark.parametrize("theta", [0.0, 1.0, 2.0])
+def test_a_true_bound_loses_nothing(theta: float) -> None:
+    q, k, _ = random_qkv(1, 205, 4, 2, 16, torch.float64)
+    every = plan(q, k, config=config(theta, "every"))
+    rescored = plan(q, k, config=config(theta, "rescore", reach=1.0))
+    assert torch.equal(every.indptr, rescored.indptr) and torch.equal(every.indices, rescored.indices)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_larger_theta_keeps_a_superset(method: str, dtype: torch.dtype) -> None:
+    q, k, _ = random_qkv(1, 205, 4, 2, 16, dtype)
+    before = None
+    for theta in (-math.inf, -1.0, 0.0, 1.0, 2.5, 6.0, 1e9):
+        now = as_sets(plan(q, k, config=config(theta, method)), 1)
+        if before is not None:
+            assert all(before[g] <= now[g] for g in now)
+        before = now
+    assert before[6] == set(range(BLOCK, 192 - BLOCK))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_huge_key_for_a_single_query_is_found_by_rescore_and_every(method: str) -> None:
+    q, k, _ = random_qkv(1, 256, 1, 1, 32, torch.float32)
+    q, k = q * 0.3, k * 0.3
+    direction = torch.nn.functional.normalize(torch.randn(32, generator=torch.Generator().manual_seed(5)), dim=0)
+    # The query's neighbours look away from the key, so that their mean does too.
+    q[0, 192:224, 0] -= 6 * direction
+    q[0, 195, 0] = 6 * direction
+    k[0, 77, 0] = 12 * direction
+    found = 77 in plan(q, k, config=config(2.0, method)).columns(6, 0, 0).tolist()
+    assert found == (method in ("rescore", "every"))
+
+
+def test_sharing_by_key_head_is_the_union_of_its_query_heads() -> None:
+    q, k, _ = random_qkv(2, 205, 6, 2, 16, torch.float64)
+    alone, shared = (plan(q, k, config=config(3.5, "lse", share=share)) for share in ("query", "key"))
+    for entry in range(2):
+        for group in range(len(alone.geometry.groups)):
+            for key_head in range(2):
+                union = set().union(*(alone.columns(group, entry, key_head * 3 + h).tolist() for h in range(3)))
+                assert set(shared.columns(group, entry, key_head).tolist()) == union
+
+
+def test_heads_have_thetas_of_their_own() -> None:
+    q, k, _ = random_qkv(1, 205, 2, 1, 16, torch.float64)
+    both = plan(q, k, config=config((0.5, 3.0), "rescore"))
+    for head, theta in enumerate((0.5, 3.0)):
+        assert as_sets(both, head) == as_sets(plan(q, k, config=config(theta, "rescore")), head)
+
+
+def test_columns_ascend_and_precede_their_group() -> None:
+    q, k, _ = random_qkv(1, 300, 2, 1, 16, torch.float32)
+    found = plan(q, k, config=config(2.0, "every"))
+    for number, group in enumerate(found.geometry.groups):
+        columns = found.columns(number, 0, 1)
+        assert (columns.diff() > 0).all()
+        if len(columns):
+            assert group.candidates[0] <= int(columns[0]) and int(columns[-1]) < group.candidates[1]
+
+
+def test_tests_in_bfloat16_choose_nearly_the_same_columns() -> None:
+    q, k, _ = random_qkv(1, 400, 2, 1, 64, torch.float32)
+    exact = plan(q, k, config=config(1.5, "every", scores="input"))
+    rough = plan(q, k, config=config(1.5, "every", scores="auto"))
+    for number in range(len(exact.geometry.groups)):
+        a, b = (set(x.columns(number, 0, 0).tolist()) for x in (exact, rough))
+        assert len(a ^ b) <= 0.05 * max(1, len(a))
+
+
+def test_the_papers_setting() -> None:
+    paper = AnchorConfig.paper()
+    assert (paper.theta, paper.block, paper.step, paper.identify, paper.share) == (12.0, 128, 16, "pooled", "query")

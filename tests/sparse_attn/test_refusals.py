@@ -1,0 +1,101 @@
+"""Bad input: a ValueError that says what was given, what is allowed and how to mend it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import tokenring as tr
+from sparse_attn import AnchorConfig, anchor_attention, execute, plan
+from tests.oracle import random_qkv
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"theta": math.nan}, "theta"),
+        ({"theta": (1.0, math.nan)}, "theta"),
+        ({"theta": ()}, "theta"),
+        ({"block": 0}, "block"),
+        ({"block": "large"}, "block"),
+        ({"step": 2.0}, "step"),
+        ({"box": "auto"}, "box"),
+        ({"identify": "best"}, "pooled, lse, rescore, every"),
+        ({"share": "head"}, "query, key"),
+        ({"dense": "always"}, "auto, never"),
+        ({"reach": 1.5}, "reach"),
+        ({"scores": "fp8"}, "scores"),
+    ],
+)
+def test_a_configuration_that_means_nothing_is_refused(options: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        AnchorConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"mask": "full"}, "causal"),
+        ({"mask": torch.ones(3, 3)}, "causal"),
+        ({"mask": tr.Mask.window(8)}, "not honoured"),
+        ({"mask": tr.Mask.spans([(0, 4)])}, "not honoured"),
+        ({"mask": tr.Mask.documents([0, 20, 60], causal=False)}, "not honoured"),
+        ({"mask": tr.Mask.documents([0, 60]), "cu_seqlens": [0, 60]}, "give one"),
+        ({"cu_seqlens": [0, 50]}, "rise from 0 to the 60 rows"),
+        ({"cu_seqlens": [0, 40, 30, 60]}, "rise"),
+        ({"kv_cu_seqlens": [0, 60]}, "without cu_seqlens"),
+        ({"cu_seqlens": [0, 60], "kv_cu_seqlens": [0, 20, 60]}, "as many"),
+        ({"cu_seqlens": [0, 30, 60], "kv_cu_seqlens": [0, 20, 60]}, "30 queries and 20 keys"),
+        ({"keep": [60]}, "rows 0 to 59"),
+        ({"keep": [0.5]}, "row numbers"),
+        ({"scale": 0.0}, "scale"),
+        ({"kernel": "warp"}, "warp"),
+        ({"config": AnchorConfig(theta=(1.0, 2.0, 3.0))}, "2 heads"),
+    ],
+)
+def test_a_call_that_cannot_be_honoured_is_refused(options: dict, said: str) -> None:
+    q, k, v = random_qkv(1, 60, 2, 1, 8, torch.float32)
+    with pytest.raises(ValueError, match=said):
+        anchor_attention(q, k, v, **options)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q, k, v: (q[0], k, v),
+        lambda q, k, v: (q, k[:, :30], v),
+        lambda q, k, v: (q, k[:, :30], v[:, :30]),
+        lambda q, k, v: (q[:, :, :1].expand(-1, -1, 3, -1), k.expand(-1, -1, 2, -1), v.expand(-1, -1, 2, -1)),
+        lambda q, k, v: (q, k.double(), v),
+        lambda q, k, v: (q.int(), k.int(), v.int()),
+        lambda q, k, v: (q[..., :4], k, v),
+    ],
+    ids=["dims", "v rows", "more queries than keys", "heads", "dtypes", "integers", "head dims"],
+)
+def test_tensors_that_do_not_agree_are_refused(change) -> None:
+    with pytest.raises(ValueError, match="got q"):
+        anchor_attention(*change(*random_qkv(1, 60, 2, 1, 8, torch.float32)))
+
+
+def test_a_plan_of_another_shape_or_beside_other_options_is_refused() -> None:
+    q, k, v = random_qkv(1, 60, 2, 1, 8, torch.float32)
+    found = plan(q, k, config=AnchorConfig(block=8, step=2))
+    with pytest.raises(ValueError, match="the plan is for q"):
+        execute(found, q[:, :-1], k[:, :-1], v[:, :-1])
+    with pytest.raises(ValueError, match="leave them out"):
+        anchor_attention(q, k, v, plan=found, config=AnchorConfig())
+
+
+def test_no_rows_at_all_give_an_empty_result() -> None:
+    q, k, v = random_qkv(1, 0, 2, 1, 8, torch.float32, kv_length=20)
+    assert anchor_attention(q, k, v).shape == (1, 0, 2, 8)
+
+
+def test_no_query_row_is_left_without_a_key() -> None:
+    q, k, v = random_qkv(1, 200, 2, 1, 16, torch.float32)
+    out, lse = anchor_attention(
+        q, k, v, config=AnchorConfig(theta=-math.inf, block=8, step=2, dense="never"), return_lse=True
+    )
+    assert lse.isfinite().all() and (out.abs().sum(-1) > 0).all()
