@@ -52,7 +52,8 @@ class UnitReducer(Reducer):
     """Whether the method uses chance."""
 
     def select(self, batch: Batch, count: int) -> Sequence[Selection]:
-        """An answer for each unit of the batch: exactly `count` kept rows, 1 <= count < n."""
+        """An answer for each unit of the batch: exactly `count` kept rows, 1 <= count < n (<= n and
+        at most `count` rows where `adaptive`)."""
         return [self.select_one(batch.single(unit), count) for unit in range(batch.x.shape[0])]
 
     @abstractmethod
@@ -78,7 +79,8 @@ class UnitReducer(Reducer):
             batch = pieces.batch(numbers)
             count, length = units[numbers[0]].count, batch.x.shape[1]
             everything = Selection(torch.arange(length, device=batch.x.device))
-            chosen = [everything] * len(numbers) if count == length else self.select(batch, count)
+            whole = count == length and not self.adaptive
+            chosen = [everything] * len(numbers) if whole else self.select(batch, count)
             answers |= dict(zip(numbers, chosen, strict=True))
         return _assemble(shard, units, answers, transport)
 

@@ -175,3 +175,27 @@ def test_evs_keeps_at_least_one_frame_of_a_ratio_and_floors_it():
     method = build("evs")
     assert method.count([(8, 4, 4), (3, 4, 4)], Budget.ratio(0.01)) == [16, 16]
     assert method.count([(7, 3, 3)], Budget.ratio(0.3)) == [18]
+
+
+def variants():
+    return [(name, variant) for name in METHODS for variant in ("paper", "released")]
+
+
+@pytest.mark.parametrize(("name", "variant"), variants())
+def test_every_variant_keeps_its_count_or_says_that_it_is_an_upper_bound(name, variant):
+    tokens, method = batch(), build(name, variant=variant)
+    for budget in (Budget.ratio(0.3), Budget.ratio(1.0)):
+        kept, count = method.reduce(tokens, budget).cu_seqlens.diff().tolist(), method.count(tokens.grid, budget)
+        if method.adaptive:
+            assert all(0 < k <= c for k, c in zip(kept, count, strict=True))
+        else:
+            assert kept == count
+
+
+def test_published_forms_that_let_the_data_decide_really_do():
+    adaptive = {name for name in METHODS if build(name, variant="paper").adaptive}
+    assert adaptive == {"difffp", "setok", "image_text", "correlation", "prumerge", "prumerge_plus"}
+    tokens = batch(((2, 8, 8),))
+    for name in adaptive:
+        assert build(name, variant="paper").reduce(tokens, Budget.count(120)).index.numel() <= 120
+    assert build("prumerge", variant="paper").reduce(tokens, Budget.count(120)).index.numel() < 120

@@ -76,7 +76,7 @@ class CenterCLIP(UnitReducer):
     def cluster(self, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Medoids (count,) of rows x (M, D), and the place of each row's medoid."""
         rows = scaled_rows(x if self.distance == "euclidean" else torch.nn.functional.normalize(x.double(), dim=1))
-        first = int((rows * rows).sum(1).argmax())
+        first = int(x.double().square().sum(1).argmax())
         apart = squared_distances(rows)
         if self.algorithm == "spectral":
             apart = squared_distances(scaled_rows(spectral_rows(apart, count, self.sigma)))

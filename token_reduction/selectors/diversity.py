@@ -48,7 +48,9 @@ def dpp(q: Tensor, count: int, quality: Tensor, block: int | None = None) -> Ten
     A kernel of rank D has no more than D rows of positive determinant; after that, or after `block` choices, a new set is
     begun among the rows that are left. So at most min(D, block) rows of the factor are held: O(n min(D, block)) memory.
     """
-    return dpp_of(lambda i: q @ q[i] * quality * quality[i], (q * q).sum(1) * quality**2, count, block or q.shape[1])
+    # Rounded unit rows are 1 long up to 1e-8, which must not break ties between tokens that are equally good alone.
+    alone = q.any(1).to(q) * quality**2
+    return dpp_of(lambda i: q @ q[i] * quality * quality[i], alone, count, block or q.shape[1])
 
 
 def dpp_of(column, diagonal: Tensor, count: int, block: int) -> Tensor:
