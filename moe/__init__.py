@@ -1,6 +1,7 @@
 """Mixture-of-experts parallel folding."""
 
+from moe.dispatch import Dispatched, build_dispatcher
 from moe.folding import Folding
 from moe.router import Router, RouterConfig, Routing
 
-__all__ = ["Folding", "Router", "RouterConfig", "Routing"]
+__all__ = ["Dispatched", "Folding", "Router", "RouterConfig", "Routing", "build_dispatcher"]
