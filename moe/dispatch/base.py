@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from moe.dispatch.flow import ROWS_NEED_GRAD, WEIGHTS_NEED_GRAD, Combine, Dispatch, Route, lay_out
+from moe.dispatch.flow import (
+    ROWS_NEED_GRAD,
+    WEIGHTS_NEED_GRAD,
+    CombineFinish,
+    CombineStart,
+    DispatchFinish,
+    DispatchStart,
+    Journey,
+    Route,
+    lay_out,
+)
 from moe.dispatch.hop import Stage
 from moe.dispatch.wire import Call, Entries, go
 from tokenring.transport import Traffic, connect, count_traffic
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -30,6 +42,20 @@ class Dispatched:
     """How they came; `combine` goes back over it."""
     tie: Tensor = field(repr=False)
     """Makes the backward of dispatch run on every rank, tokens or none."""
+
+
+class Pending(Generic[Result]):
+    """What was started and is waited for once."""
+
+    def __init__(self, finish: Callable[[], Result]) -> None:
+        self._finish: Callable[[], Result] | None = finish
+
+    def wait(self) -> Result:
+        """The result."""
+        if self._finish is None:
+            raise ValueError("this was waited for before; keep what wait() gave")
+        finish, self._finish = self._finish, None
+        return finish()
 
 
 @dataclass
@@ -104,10 +130,24 @@ class Dispatcher:
         Raises:
             ValueError: on every rank, before rows move, if one rank's arguments are wrong or the ranks' do not go together.
         """
+        return self.start_dispatch(hidden, expert_ids, expert_weights).wait()
+
+    def start_dispatch(self, hidden: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Pending[Dispatched]:
+        """Agree and post the rows of `dispatch`; its `wait()` gives the result.
+
+        Between the two this rank may compute, and start others; every rank starts and waits in the same order.
+        """
         route, laid, hidden, expert_weights = self.plan(hidden, expert_ids, expert_weights)
+        journey = Journey(route)
         with self._shared_fate():
-            tokens, weights, tie = Dispatch.apply(hidden, expert_weights, laid, route)
-        return Dispatched(tokens, route.tokens_per_expert, weights, route, tie)
+            ticket = DispatchStart.apply(hidden, expert_weights, journey)
+
+        def finish() -> Dispatched:
+            with self._shared_fate():
+                tokens, weights, tie = DispatchFinish.apply(ticket, laid, journey)
+            return Dispatched(tokens, route.tokens_per_expert, weights, route, tie)
+
+        return Pending(finish)
 
     def combine(self, expert_output: Tensor, dispatched: Dispatched, weighted: bool = False) -> Tensor:
         """Add up what the experts gave for each token, at the rank it is from. Collective.
@@ -122,6 +162,10 @@ class Dispatcher:
         Returns:
             (T, H); zeros where all of a token's choices were dropped.
         """
+        return self.start_combine(expert_output, dispatched, weighted).wait()
+
+    def start_combine(self, expert_output: Tensor, dispatched: Dispatched, weighted: bool = False) -> Pending[Tensor]:
+        """Add up and post the rows of `combine`; its `wait()` gives the result. See `start_dispatch`."""
         if expert_output.shape != dispatched.tokens.shape or expert_output.dtype != dispatched.tokens.dtype:
             error = ValueError(
                 f"expert_output is {tuple(expert_output.shape)} {expert_output.dtype}; give what belongs to the dispatched "
@@ -130,9 +174,15 @@ class Dispatcher:
             for transport in (self.ep, self.etp):
                 transport.abandon(error)
             raise error
-        weights = None if weighted else dispatched.weights
+        journey, weights = Journey(dispatched.route), None if weighted else dispatched.weights
         with self._shared_fate():
-            return Combine.apply(expert_output.contiguous(), weights, dispatched.tie, dispatched.route)
+            ticket = CombineStart.apply(expert_output.contiguous(), weights, dispatched.tie, journey)
+
+        def finish() -> Tensor:
+            with self._shared_fate():
+                return CombineFinish.apply(ticket, journey)
+
+        return Pending(finish)
 
     def plan(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> tuple[Route, Tensor, Tensor, Tensor]:
         """Agree on a route. Collective. Returns it, the weights in the experts' order, and hidden and weights to differentiate."""

@@ -10,13 +10,14 @@ rows over the same links.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe.dispatch.hop import Hop
-from moe.dispatch.rows import add_up, pick, scale_with_dots
+from moe.dispatch.hop import Flight, Hop
+from moe.dispatch.rows import add_up, scale_with_dots
 from moe.dispatch.wire import Entries
 
 ROWS_NEED_GRAD, WEIGHTS_NEED_GRAD = 1, 2
@@ -42,17 +43,22 @@ class Route:
     flags: int
     """What the ranks agreed needs gradients."""
 
-    def spread(self, x: Tensor) -> Tensor:
-        """(T, H) -> (M, H); filling is zero."""
-        for hop in self.hops:
-            x = hop.forward(x)
-        if self.place.numel() == self.token_row.numel():
-            return pick(x, self.token_row)
-        out = x.new_zeros(self.token_row.numel(), x.shape[1])
-        return out.index_copy_(0, self.place, pick(x, self.token_row[self.place]))
+    def start_spread(self, x: Tensor) -> Flight | Tensor:
+        """Post the first hop of (T, H) rows; rows themselves where there is no hop."""
+        return self.hops[0].start(x) if self.hops else x
 
-    def collect(self, y: Tensor, weights: Tensor | None) -> Tensor:
-        """(M, H), and weights (M,) or None for ones -> (T, H) in y's dtype."""
+    def finish_spread(self, flight: Flight | Tensor) -> Tensor:
+        """The other hops, and the rows (M, H) expert by expert; filling is zero."""
+        x = self.hops[0].finish(flight) if self.hops else flight
+        for hop in self.hops[1:]:
+            x = hop.finish(hop.start(x))
+        if self.place.numel() == self.token_row.numel():
+            return x.index_select(0, self.token_row)
+        out = x.new_zeros(self.token_row.numel(), x.shape[1])
+        return out.index_copy_(0, self.place, x.index_select(0, self.token_row[self.place]))
+
+    def start_collect(self, y: Tensor, weights: Tensor | None) -> Flight | Tensor:
+        """Add up the entries of each row of (M, H), times weights (M,) or None for ones, and post the way home."""
         held = None if weights is None else weights[self.place]
         if not self.hops:
             return add_up(y, self.place, self.counts, held, y.dtype)
@@ -64,11 +70,17 @@ class Route:
             counts = self.counts.split(last.received)[peer]
             return add_up(y, self.place[entries], counts, None if held is None else held[entries], y.dtype)
 
-        total = last.reverse(summed, y)
+        return last.start_reverse(summed, y)
+
+    def finish_collect(self, flight: Flight | Tensor, like: Tensor) -> Tensor:
+        """The rest of the way: sums (T, H) in the dtype of `like`."""
+        if not self.hops:
+            return flight
+        total = self.hops[-1].finish_reverse(flight)
         for hop in reversed(self.hops[:-1]):
-            parts = total.to(y.dtype).split(hop.received)
-            total = hop.reverse(parts.__getitem__, y)
-        return total.to(y.dtype)
+            parts = total.to(like.dtype).split(hop.received)
+            total = hop.finish_reverse(hop.start_reverse(parts.__getitem__, like))
+        return total.to(like.dtype)
 
     def collect_entries(self, values: Tensor) -> Tensor:
         """(M,) numbers -> (T, k): each goes back to the choice it is for; choices of -1 get 0."""
@@ -100,39 +112,89 @@ def lay_out(held: Entries, first_expert: int, local_experts: int, align: int) ->
     return token_row, place, weights, sizes
 
 
-class Dispatch(torch.autograd.Function):
-    """Tokens and weights for the experts; the third result ties the backward of `Combine` to this one's."""
+@dataclass
+class Journey:
+    """What the two halves of one pass, and those of its backward, hand each other besides tensors."""
+
+    route: Route
+    forward: Any = None
+    backward: Any = None
+    d_entries: Tensor | None = None
+
+
+class DispatchStart(torch.autograd.Function):
+    """Post the rows. The ticket it gives must go to `DispatchFinish`; its backward is the second half of collect."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weights: Tensor, laid: Tensor, route: Route) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.route, ctx.like = route, (weights.dtype, hidden.dtype)
-        return route.spread(hidden), laid.clone(), hidden.new_zeros(0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_tokens: Tensor, d_laid: Tensor, tie: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        route: Route = ctx.route
-        d_hidden = route.collect(d_tokens.contiguous(), None) if route.flags & ROWS_NEED_GRAD else None
-        d_weights = route.collect_entries(d_laid.contiguous()) if route.flags & WEIGHTS_NEED_GRAD else None
-        return d_hidden, d_weights, None, None
-
-
-class Combine(torch.autograd.Function):
-    """Weighted sums of what the experts gave, back at the ranks the tokens are from."""
-
-    @staticmethod
-    def forward(ctx, y: Tensor, weights: Tensor | None, tie: Tensor, route: Route) -> Tensor:
-        ctx.route = route
-        ctx.weighted = weights is not None
-        ctx.save_for_backward(*(() if weights is None else (y, weights)))
-        return route.collect(y, weights)
+    def forward(ctx, hidden: Tensor, weights: Tensor, journey: Journey) -> Tensor:
+        ctx.journey, ctx.like = journey, hidden.new_empty(0, hidden.shape[1])
+        journey.forward = journey.route.start_spread(hidden)
+        return torch.zeros_like(ctx.like)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor, None]:
-        route: Route = ctx.route
-        d_y, d_weights = route.spread(d_out.contiguous()), None
+    def backward(ctx, ticket: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        journey, route = ctx.journey, ctx.journey.route
+        flight, journey.backward = journey.backward, None
+        entries, journey.d_entries = journey.d_entries, None
+        d_hidden = route.finish_collect(flight, ctx.like) if route.flags & ROWS_NEED_GRAD else None
+        d_weights = route.collect_entries(entries) if route.flags & WEIGHTS_NEED_GRAD else None
+        return d_hidden, d_weights, None
+
+
+class DispatchFinish(torch.autograd.Function):
+    """Tokens and weights for the experts; the third result ties the backward of combine to this one's."""
+
+    @staticmethod
+    def forward(ctx, ticket: Tensor, laid: Tensor, journey: Journey) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.journey = journey
+        flight, journey.forward = journey.forward, None
+        return journey.route.finish_spread(flight), laid.clone(), ticket.new_zeros(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_tokens: Tensor, d_laid: Tensor, tie: Tensor) -> tuple[Tensor, None, None]:
+        journey, route = ctx.journey, ctx.journey.route
+        if route.flags & ROWS_NEED_GRAD:
+            journey.backward = route.start_collect(d_tokens.contiguous(), None)
+        journey.d_entries = d_laid.contiguous()
+        return d_tokens.new_zeros(0, d_tokens.shape[1]), None, None
+
+
+class CombineStart(torch.autograd.Function):
+    """Add up what the experts gave, row by row, and post it; its backward is the second half of spread."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, weights: Tensor | None, tie: Tensor, journey: Journey) -> Tensor:
+        ctx.journey, ctx.weighted = journey, weights is not None
+        if weights is not None:
+            ctx.save_for_backward(y, weights)
+        journey.forward = journey.route.start_collect(y, weights)
+        return y.new_zeros(0, y.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, ticket: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None]:
+        journey, d_weights = ctx.journey, None
+        flight, journey.backward = journey.backward, None
+        d_y = journey.route.finish_spread(flight)
         if ctx.weighted:
             y, weights = ctx.saved_tensors
-            d_weights = scale_with_dots(d_y, weights, y, want_dots=bool(route.flags & WEIGHTS_NEED_GRAD))
-        return d_y, d_weights, d_out.new_zeros(0), None
+            d_weights = scale_with_dots(d_y, weights, y, want_dots=bool(journey.route.flags & WEIGHTS_NEED_GRAD))
+        return d_y, d_weights, ticket.new_zeros(0), None
+
+
+class CombineFinish(torch.autograd.Function):
+    """Sums at the ranks the tokens are from."""
+
+    @staticmethod
+    def forward(ctx, ticket: Tensor, journey: Journey) -> Tensor:
+        ctx.journey = journey
+        flight, journey.forward = journey.forward, None
+        return journey.route.finish_collect(flight, ticket)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor, None]:
+        ctx.journey.backward = ctx.journey.route.start_spread(d_out.contiguous())
+        return d_out.new_zeros(0, d_out.shape[1]), None

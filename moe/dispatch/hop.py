@@ -9,6 +9,7 @@ a peer: the one for the peer s places on leaves while the next one is picked, an
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from moe.dispatch.rows import sum_dtype
 from tokenring.transport import Transport
 
 ROW_LANE = 1
+_step_numbers = itertools.count()
+"""Names for exchanges under way; no two of this process are alike."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,18 @@ def choose_rows(stage: Stage, num_rows: int, entry_row: Tensor, entry_expert: Te
 
 
 @dataclass
+class Flight:
+    """An exchange of rows that is under way."""
+
+    rows: Tensor
+    """What it fills or adds up to."""
+    slots: dict[int, Tensor]
+    """Where the rows of each peer arrive."""
+    steps: list[int]
+    """Its messages' numbers on the lane."""
+
+
+@dataclass
 class Hop:
     """A stage with the sizes of one batch."""
 
@@ -110,40 +125,50 @@ class Hop:
     """Rows that each peer, this rank too, gives to this rank."""
     received_entries: list[int]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(num_rows, H) -> (sum(received), H)."""
+    def start(self, x: Tensor) -> Flight:
+        """Post the way of (num_rows, H) to the peers."""
         out = x.new_empty(sum(self.received), x.shape[1])
         slots, place = out.split(self.received), self.stage.place
-        self._post(lambda peer: slots[peer])
-        for step, peer in self._onwards():
+        flight = Flight(out, dict(enumerate(slots)), self._steps())
+        self._post(flight, self._backwards())
+        for step, peer in zip(flight.steps, self._onwards()):
             self._push(step, peer, _pick(x, self.choice.rows_for(peer)))
         own = self.choice.rows_for(place)
         if own is None:
             slots[place].copy_(x)
         elif own.numel():
             torch.index_select(x, 0, own, out=slots[place])
-        for step, _ in self._backwards():
-            self._wait(step)
-        return out
+        return flight
 
-    def reverse(self, home: Callable[[int], Tensor], like: Tensor) -> Tensor:
-        """Sums over what every peer sends back, (num_rows, H) in the dtype sums are taken in.
+    def finish(self, flight: Flight) -> Tensor:
+        """(sum(received), H): what every peer, this rank too, gave."""
+        for step in flight.steps:
+            self.stage.transport.wait(ROW_LANE, step)
+        return flight.rows
+
+    def start_reverse(self, home: Callable[[int], Tensor], like: Tensor) -> Flight:
+        """Post the way back.
 
         Args:
             home: place of a peer -> (received[place], H) rows for it, in the dtype of `like`.
             like: any tensor of the wire's dtype and device with H columns.
         """
         sent = self.choice.row_splits
-        slots = {peer: like.new_empty(sent[peer], like.shape[1]) for _, peer in self._onwards()}
-        self._post_reverse(slots)
-        for step, peer in self._backwards():
-            self._push(step, peer, home(peer))
+        slots = {peer: like.new_empty(sent[peer], like.shape[1]) for peer in self._onwards()}
         total = torch.zeros(self.num_rows, like.shape[1], dtype=sum_dtype(like.dtype), device=like.device)
+        flight = Flight(total, slots, self._steps())
+        self._post(flight, self._onwards())
+        for step, peer in zip(flight.steps, self._backwards()):
+            self._push(step, peer, home(peer))
         self._add(total, self.stage.place, home(self.stage.place))
-        for step, peer in self._onwards():
-            self._wait(step)
-            self._add(total, peer, slots.pop(peer))
-        return total
+        return flight
+
+    def finish_reverse(self, flight: Flight) -> Tensor:
+        """Sums over what every peer sent back, (num_rows, H) in the dtype sums are taken in."""
+        for step, peer in zip(flight.steps, self._onwards()):
+            self.stage.transport.wait(ROW_LANE, step)
+            self._add(flight.rows, peer, flight.slots.pop(peer))
+        return flight.rows
 
     def _add(self, total: Tensor, peer: int, rows: Tensor) -> None:
         index = self.choice.rows_for(peer)
@@ -170,33 +195,27 @@ class Hop:
             total = total + slots[p] if index is None else total.index_add_(0, index, slots[p])
         return total
 
-    # -- messages: the same steps both ways ------------------------------------------------------------------------
+    # -- messages: step s goes to the peer s places on and comes from the one s places back, or the other way ----------
 
-    def _onwards(self) -> list[tuple[int, int]]:
+    def _onwards(self) -> list[int]:
         size, place = len(self.stage.peers), self.stage.place
-        return [(step, (place + step) % size) for step in range(1, size)]
+        return [(place + shift) % size for shift in range(1, size)]
 
-    def _backwards(self) -> list[tuple[int, int]]:
+    def _backwards(self) -> list[int]:
         size, place = len(self.stage.peers), self.stage.place
-        return [(step, (place - step) % size) for step in range(1, size)]
+        return [(place - shift) % size for shift in range(1, size)]
 
-    def _post(self, slot: Callable[[int], Tensor]) -> None:
-        for step, peer in self._backwards():
-            self._open(step, peer, slot(peer))
+    def _steps(self) -> list[int]:
+        return [next(_step_numbers) for _ in self.stage.peers[1:]]
 
-    def _post_reverse(self, slots: dict[int, Tensor]) -> None:
-        for step, peer in self._onwards():
-            self._open(step, peer, slots[peer])
-
-    def _open(self, step: int, peer: int, slot: Tensor) -> None:
-        self.stage.transport.open(ROW_LANE, step, [(self.stage.peers[peer], slot)] if slot.numel() else [])
+    def _post(self, flight: Flight, sources: list[int]) -> None:
+        for step, peer in zip(flight.steps, sources):
+            slot = flight.slots[peer]
+            self.stage.transport.open(ROW_LANE, step, [(self.stage.peers[peer], slot)] if slot.numel() else [])
 
     def _push(self, step: int, peer: int, rows: Tensor) -> None:
         sends = [(self.stage.peers[peer], rows.contiguous())] if rows.numel() else []
         self.stage.transport.push(ROW_LANE, step, sends)
-
-    def _wait(self, step: int) -> None:
-        self.stage.transport.wait(ROW_LANE, step)
 
 
 def _part(x: Tensor, splits: list[int], place: int) -> Tensor:

@@ -1,8 +1,7 @@
-"""Rows picked and rows added: the local work of a dispatcher.
+"""Rows added and rows scaled: the local work of a dispatcher.
 
-    pick        out[i] = x[index[i]]
-    add_up      out[r] = sum of w[e] y[place[e]] over the entries e of row r       (the adjoint of pick, weighted)
-    scale       y[i] *= w[i], and the dots <y[i], z[i]> before it, in one pass over blocks that stay in the cache
+    add_up            out[r] = sum of w[e] y[place[e]] over the entries e of row r
+    scale_with_dots   y[i] *= w[i], and the dots <y[i], z[i]> before it, in one pass over blocks that stay in the cache
 
 Sums are taken in float32 (float64 for float64) in the order of the entries, so a result repeats bit for bit.
 """
@@ -18,11 +17,6 @@ BLOCK_BYTES = 1 << 20
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums of rows are taken in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def pick(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of (N, H) by index (M,)."""
-    return x.index_select(0, index)
 
 
 def add_up(y: Tensor, place: Tensor, counts: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
