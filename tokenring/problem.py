@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from tokenring.layout import Layout
 from tokenring.mask import Mask
@@ -25,6 +26,21 @@ class Problem:
     direction: str = "forward"
     q_heads: int = 1
     kv_heads: int = 1
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        parts = (self.world, self.q_layout, self.kv_layout, self.mask, self.direction, self.q_heads, self.kv_heads)
+        object.__setattr__(self, "_hash", hash(parts))
+
+    def __hash__(self) -> int:
+        """Made once: building a plan looks up thousands of its parts by problem."""
+        return self._hash
+
+    @cached_property
+    def places(self) -> Problem:
+        """The same positions and pairs without direction and heads, on which the rows that travel do not depend."""
+        plain = replace(self, direction="forward", q_heads=1, kv_heads=1)
+        return self if plain == self else plain
 
     @property
     def backward(self) -> bool:

@@ -1,71 +1,118 @@
-"""Which positions some neighbouring ranks want of the others, cell by cell of a mask, without cutting a single tile.
+"""Which positions each rank wants of the others, cell by cell of a mask, without cutting a single tile.
 
-In a cell with one bound only the outermost position matters: k <= q + upper holds for some q of the ranks if it does for their
-last. With both bounds a run of queries wants the run of keys that its own bounds span, as long as its stride leaves no hole.
+In a cell with one bound only the outermost position of a run matters: k <= q + upper holds for some q of a run if it does for
+its last. With both bounds a run of queries wants the run of keys that its own bounds span, as long as its stride leaves no
+hole. What many ranks want together is the union, a sorted list of ranges: few, because neighbours' ranges meet.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterable
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import accumulate
 
-import torch
-
+from tokenring.layout import Layout
 from tokenring.mask import END
 from tokenring.problem import Problem
 from tokenring.segments import Range, Segment, Tile, union
 
+Span = tuple[int, int, int, int]
+"""A run of rows as (first row, its position, the last row's position, stride)."""
+
+
+class Positions:
+    """A set of positions: sorted disjoint ranges that do not touch."""
+
+    __slots__ = ("starts", "stops")
+
+    def __init__(self, ranges: Iterable[Range] = ()) -> None:
+        joined = union(ranges)
+        self.starts, self.stops = [a for a, _ in joined], [b for _, b in joined]
+
+    def ranges(self) -> Iterable[Range]:
+        """In ascending order."""
+        return zip(self.starts, self.stops)
+
+    def add(self, others: Positions) -> None:
+        """Take the positions of another set in."""
+        starts, stops = self.starts, self.stops
+        for start, stop in others.ranges():
+            first, last = bisect_left(stops, start), bisect_right(starts, stop)
+            if first == last:
+                starts.insert(first, start)
+                stops.insert(first, stop)
+            elif last - first > 1 or start < starts[first] or stop > stops[first]:
+                starts[first:last] = [min(start, starts[first])]
+                stops[first:last] = [max(stop, stops[last - 1])]
+
+    def rows(self, spans: Sequence[Span]) -> tuple[Range, ...]:
+        """The rows of some runs that lie here, as sorted disjoint ranges that do not touch."""
+        found: list[Range] = []
+        starts, stops = self.starts, self.stops
+        for row, start, last, stride in spans:
+            for index in range(bisect_right(stops, start), bisect_right(starts, last)):
+                first = row if starts[index] <= start else row - (start - starts[index]) // stride
+                end = row + (min(last, stops[index] - 1) - start) // stride + 1
+                if first >= end:
+                    continue
+                if found and found[-1][1] == first:
+                    first = found.pop()[0]
+                found.append((first, end))
+        return tuple(found)
+
+    def split(self, spans: Sequence[Span]) -> tuple[list[Span], list[Span]]:
+        """The parts of some runs that lie here, and those that do not; rows are counted from nothing in particular."""
+        inside: list[Span] = []
+        outside: list[Span] = []
+        starts, stops = self.starts, self.stops
+        for _, start, last, stride in spans:
+            at = start
+            for index in range(bisect_right(stops, start), bisect_right(starts, last)):
+                first = at if starts[index] <= at else at - (at - starts[index]) // stride * stride
+                end = at + (min(last, stops[index] - 1) - at) // stride * stride
+                if first > end:
+                    continue
+                if at < first:
+                    outside.append((0, at, first - stride, stride))
+                inside.append((0, first, end, stride))
+                at = end + stride
+            if at <= last:
+                outside.append((0, at, last, stride))
+        return inside, outside
+
 
 class Reach:
-    """For the rows of one kind ("q" or "kv"): what the other kind's rows of some ranks want of them."""
+    """For the rows of one kind ("q" or "kv"): which positions of theirs each rank wants for its rows of the other kind."""
 
     def __init__(self, problem: Problem, what: str) -> None:
-        layout = problem.layout("kv" if what == "q" else "q")
-        self.world = problem.world
-        self.cells = [_turned(cell) if what == "q" else cell for cell in problem.mask.cells]
-        """Rows of the cells: the others' positions; keys: those of `what`."""
-        self.sets_exact = all(None in (cell.lower, cell.upper) for cell in self.cells)
-        """Whether `over` may ask for several ranks at once."""
-        self.exact = _widest_step(layout.runs) <= _narrowest(self.cells)
-        """Whether `over` answers at all."""
-        self.cells.sort(key=lambda cell: cell.q_start)
+        self.layout = problem.layout("kv" if what == "q" else "q")
+        cells = [_turned(cell) if what == "q" else cell for cell in problem.mask.cells]
+        self.exact = _widest_step(self.layout.runs) <= _narrowest(cells)
+        """Whether ranges say it all: no query's keys lie apart from the next one's in its run."""
+        self.cells = sorted(cells, key=lambda cell: cell.q_start)
+        """Rows of the cells: positions of the other kind; keys: those of `what`."""
         self.starts = [cell.q_start for cell in self.cells]
         self.stops = list(accumulate((cell.q_stop for cell in self.cells), max))
-        self.runs: list[dict[int, list[Segment]]] = [{} for _ in self.cells]
-        firsts, lasts = ([[end] * self.world for _ in self.cells] for end in (END, -1))
-        for rank in range(self.world if self.exact else 0):
-            for run in layout.segments(rank):
-                self._place(run, rank, firsts, lasts)
-        shape = (len(self.cells), self.world)
-        self.firsts, self.lasts = (torch.tensor(table, dtype=torch.int64).view(shape) for table in (firsts, lasts))
+        self.known: dict[Range, Positions] = {}
 
-    def _place(self, run: Segment, rank: int, firsts: list[list[int]], lasts: list[list[int]]) -> None:
-        for index in range(bisect_right(self.stops, run.start), bisect_right(self.starts, run.last)):
-            cell = self.cells[index]
-            first, last = run.inside(cell.q_start, cell.q_stop)
-            if first < last:
-                part = run.cut(first, last)
-                self.runs[index].setdefault(rank, []).append(part)
-                firsts[index][rank] = min(firsts[index][rank], part.start)
-                lasts[index][rank] = max(lasts[index][rank], part.last)
+    def by(self, first: int, stop: int) -> Positions:
+        """What any of the ranks first..stop-1 wants. Not to be changed."""
+        found = self.known.get((first, stop))
+        if found is None:
+            middle = (first + stop) // 2
+            parts = (self.by(first, middle).ranges(), self.by(middle, stop).ranges()) if stop - first > 1 else ()
+            found = Positions(r for part in parts for r in part) if parts else Positions(self._of(first))
+            self.known[(first, stop)] = found
+        return found
 
-    def over(self, first: int, count: int) -> tuple[Range, ...]:
-        """The positions that any of `count` ranks from `first` on wants, round the ring."""
-        stop, over = first + count, max(0, first + count - self.world)
-        parts = [slice(first, stop)] + ([slice(0, over)] if over else [])
-        firsts = torch.cat([self.firsts[:, part] for part in parts], dim=1).amin(dim=1).tolist()
-        lasts = torch.cat([self.lasts[:, part] for part in parts], dim=1).amax(dim=1).tolist()
-        found: list[Range] = []
-        for index, (cell, start, last) in enumerate(zip(self.cells, firsts, lasts)):
-            if last < 0:
-                continue
-            if None in (cell.lower, cell.upper):
-                found.append(_wanted(cell, start, last))
-            else:
-                found += [_wanted(cell, run.start, run.last) for run in self.runs[index][first]]
-        return union(found)
+    def _of(self, rank: int) -> Iterable[Range]:
+        for run in self.layout.segments(rank):
+            for index in range(bisect_right(self.stops, run.start), bisect_right(self.starts, run.last)):
+                cell = self.cells[index]
+                first, last = run.inside(cell.q_start, cell.q_stop)
+                if first < last:
+                    yield _wanted(cell, run.start + first * run.stride, run.start + (last - 1) * run.stride)
 
 
 @lru_cache(maxsize=64)
@@ -74,22 +121,20 @@ def reach(problem: Problem, what: str) -> Reach:
     return Reach(problem, what)
 
 
-@lru_cache(maxsize=65536)
-def wanted_positions(problem: Problem, what: str, first: int, count: int) -> tuple[Range, ...]:
-    """`Reach.over`, remembered."""
-    return reach(problem, what).over(first, count)
+@lru_cache(maxsize=8192)
+def spans(layout: Layout, rank: int) -> tuple[Span, ...]:
+    """The runs of a rank's rows."""
+    rows = accumulate((run.count for run in layout.runs[rank]), initial=0)
+    return tuple((row, run.start, run.last, run.stride) for row, run in zip(rows, layout.runs[rank]))
 
 
-def rows_at(runs: tuple[Segment, ...], positions: tuple[Range, ...]) -> tuple[Range, ...]:
-    """The rows of some runs, in order, that lie at some sorted disjoint positions."""
-    found, row = [], 0
-    starts, stops = [a for a, _ in positions], [b for _, b in positions]
-    for run in runs:
-        for start, stop in positions[bisect_right(stops, run.start) : bisect_right(starts, run.last)]:
-            first, last = run.inside(start, stop)
-            found.append((row + first, row + last))
-        row += run.count
-    return union(found)
+@lru_cache(maxsize=4096)
+def positions_wanted(problem: Problem, what: str, ranks: range) -> Positions:
+    """What any of some ranks wants, where that is exact. Not to be changed."""
+    table = reach(problem, what)
+    if ranks.step == 1 and 0 <= ranks.start < ranks.stop <= problem.world:
+        return table.by(ranks.start, ranks.stop)
+    return Positions(r for rank in ranks for r in table.by(rank % problem.world, rank % problem.world + 1).ranges())
 
 
 def _turned(cell: Tile) -> Tile:

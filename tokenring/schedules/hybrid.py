@@ -18,9 +18,9 @@ from functools import lru_cache
 
 from tokenring.layout import Layout
 from tokenring.problem import QUERY_KINDS, Problem
+from tokenring.schedules.direction import direction
 from tokenring.schedules.inside import Renaming, beside
-from tokenring.schedules.paths import Rows, block, wanted_by
-from tokenring.segments import rows_in
+from tokenring.schedules.paths import Rows, block, carried, wanted_by
 from tokenring.step import Piece, Slot, Step, Sum, Transfer, cut
 
 MOVING = {"ring": "kv", "tokenring": "q"}
@@ -46,7 +46,7 @@ class _Hybrid:
         self.what = MOVING[form.outer]
         self.nodes = problem.world // form.size
         self.node, self.index = divmod(rank, form.size)
-        self.way = _direction(problem, self.what, form.size)
+        self.way = direction(problem, self.what, form.size)
         self.result = problem.query_result if self.what == "q" else "dkv" if problem.backward else None
 
     def steps(self) -> tuple[Step, ...]:
@@ -138,29 +138,10 @@ def _held(form: Hybrid, problem: Problem, rank: int, t: int) -> Slot:
     what = MOVING[form.outer]
     if t == 0:
         return problem.own(what, rank)
-    owner = (rank - _direction(problem, what, form.size) * t * form.size) % problem.world
+    way = direction(problem, what, form.size)
+    owner = (rank - way * t * form.size) % problem.world
     kind = problem.queries if what == "q" else "kv"
-    return block(
-        kind, f"{what}@{t}", owner, _rows(problem, what, owner, form.size, _direction(problem, what, form.size), t)
-    )
-
-
-def _rows(problem: Problem, what: str, owner: int, size: int, way: int, hop: int) -> Rows:
-    """The rows of `owner` that reach the node `hop` nodes away: those that it or a later one wants."""
-    nodes, node = problem.world // size, owner // size
-    first = (node + hop if way > 0 else node + 1) % nodes * size
-    return wanted_by(problem, what, owner, range(first, first + (nodes - hop) * size))
-
-
-@lru_cache(maxsize=1024)
-def _direction(problem: Problem, what: str, size: int) -> int:
-    nodes = problem.world // size
-
-    def volume(way: int) -> int:
-        owners = range(0, problem.world, -(-problem.world // 16))
-        return sum(rows_in(_rows(problem, what, o, size, way, hop)) for o in owners for hop in range(1, nodes))
-
-    return 1 if volume(1) <= volume(-1) else -1
+    return block(kind, f"{what}@{t}", owner, carried(problem, what, owner, way, t, size=form.size))
 
 
 @lru_cache(maxsize=4096)

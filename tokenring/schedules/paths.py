@@ -4,6 +4,10 @@ A block that leaves its owner visits the other ranks one hop at a time. On hop t
 there on still wants, so rows die on the way as soon as the mask lets them: over a causal zigzag a block that first visits the
 ranks *before* its owner drops half its rows when it wraps, 3/4 of the full volume on average. What rides home with a block
 (partial gradients) holds the rows that some rank so far has wanted.
+
+    rank r, way +1      from r+1 on: {r+1}  {r+1, r+2}  {r+1, r+2, r+3} ...     grows by one rank for each owner further on
+
+So one walk round the ring from a rank answers for the blocks of all owners. Nodes of `size` ranks walk like ranks.
 """
 
 from __future__ import annotations
@@ -13,11 +17,9 @@ from functools import lru_cache
 from itertools import accumulate
 
 from tokenring.problem import Problem
-from tokenring.reach import reach, rows_at, wanted_positions
-from tokenring.segments import Range, rows_in, union
+from tokenring.reach import Positions, positions_wanted, reach, spans
+from tokenring.segments import Range, union
 from tokenring.step import Compute, Piece, Slot, cut, pieces
-
-SAMPLED_OWNERS = 16
 
 Rows = tuple[Range, ...]
 
@@ -30,8 +32,9 @@ def wanted(problem: Problem, what: str, owner: int, rank: int, half: int | None 
     """
     if half is not None:
         return _among(wanted(problem, what, owner, rank), _half(problem, what, owner, half))
-    if reach(problem, what).exact:
-        return _reachable(problem, what, owner, rank, 1)
+    table = reach(problem.places, what)
+    if table.exact:
+        return table.by(rank, rank + 1).rows(spans(problem.layout(what), owner))
     if what == "q":
         tiles = problem.tiles(problem.own("q", owner).pieces, problem.own("kv", rank).pieces)
         return union((t.q_start, t.q_stop) for t in tiles)
@@ -42,36 +45,57 @@ def wanted(problem: Problem, what: str, owner: int, rank: int, half: int | None 
 @lru_cache(maxsize=65536)
 def wanted_by(problem: Problem, what: str, owner: int, ranks: range) -> Rows:
     """Rows of `owner` that any of some ranks wants."""
-    if _sets_exact(problem, what) and ranks.step == 1:
-        return _reachable(problem, what, owner, ranks.start % problem.world, len(ranks)) if ranks else ()
+    if reach(problem.places, what).exact:
+        return positions_wanted(problem.places, what, ranks).rows(spans(problem.layout(what), owner))
     return union(r for rank in ranks for r in wanted(problem, what, owner, rank % problem.world))
 
 
-def carried(problem: Problem, what: str, owner: int, way: int, hop: int, half: int | None = None) -> Rows:
-    """The rows of `owner`'s block that reach the rank `hop` hops away: those that it or a later rank wants."""
-    world = problem.world
+def carried(
+    problem: Problem, what: str, owner: int, way: int, hop: int, half: int | None = None, size: int = 1
+) -> Rows:
+    """The rows of `owner`'s block that reach the node `hop` hops away: those that it or a later one wants.
+
+    size: ranks of a node; 1 where every rank is one.
+    """
     if half is not None:
         return _among(carried(problem, what, owner, way, hop), _half(problem, what, owner, half))
-    if _sets_exact(problem, what):
-        first = owner + hop if way > 0 else owner + 1
-        return _reachable(problem, what, owner, first % world, world - hop)
-    return _still_wanted(problem, what, owner, way)[hop]
+    nodes = problem.world // size
+    if reach(problem.places, what).exact:
+        first = (owner // size + way * hop) % nodes
+        return _walk(problem.places, what, way, first, size, False)[nodes - hop][owner % size]
+    return _still_wanted(problem.places, what, owner, way, size)[hop]
 
 
 def reached(problem: Problem, what: str, owner: int, way: int, hop: int) -> Rows:
     """The rows of `owner`'s block that it or some rank up to `hop` hops away wants."""
-    if _sets_exact(problem, what):
-        first = owner if way > 0 else owner - hop
-        return _reachable(problem, what, owner, first % problem.world, hop + 1)
-    return _wanted_so_far(problem, what, owner, way)[hop]
+    if reach(problem.places, what).exact:
+        return _walk(problem.places, what, -way, (owner + way * hop) % problem.world, 1, True)[hop][0]
+    return _wanted_so_far(problem.places, what, owner, way)[hop]
+
+
+@lru_cache(maxsize=128)
+def _walk(
+    problem: Problem, what: str, way: int, first: int, size: int, with_owner: bool
+) -> tuple[tuple[Rows, ...], ...]:
+    """[n][i]: the rows of rank i of the n-th node from `first` on that one of the n nodes before it wants, or it itself."""
+    nodes, layout, table = problem.world // size, problem.layout(what), reach(problem, what)
+    found: list[tuple[Rows, ...]] = []
+    so_far = Positions()
+    for n in range(nodes if with_owner else nodes + 1):
+        start = (first + way * n) % nodes * size
+        if with_owner:
+            so_far.add(table.by(start, start + size))
+        found.append(tuple(so_far.rows(spans(layout, owner)) for owner in range(start, start + size)))
+        if not with_owner:
+            so_far.add(table.by(start, start + size))
+    return tuple(found)
 
 
 @lru_cache(maxsize=8192)
-def _still_wanted(problem: Problem, what: str, owner: int, way: int) -> tuple[Rows, ...]:
-    world = problem.world
-    hops = [wanted(problem, what, owner, (owner + way * hop) % world) for hop in range(world - 1, 0, -1)]
-    unions = list(accumulate(hops, _joined, initial=()))[1:]
-    return (unions[-1] if unions else (), *reversed(unions))
+def _still_wanted(problem: Problem, what: str, owner: int, way: int, size: int) -> tuple[Rows, ...]:
+    nodes, node = problem.world // size, owner // size
+    hops = [_wanted_in(problem, what, owner, (node + way * hop) % nodes, size) for hop in range(nodes - 1, -1, -1)]
+    return tuple(reversed(list(accumulate(hops, _joined))))
 
 
 @lru_cache(maxsize=8192)
@@ -81,18 +105,12 @@ def _wanted_so_far(problem: Problem, what: str, owner: int, way: int) -> tuple[R
     return tuple(accumulate(hops, _joined))
 
 
+def _wanted_in(problem: Problem, what: str, owner: int, node: int, size: int) -> Rows:
+    return wanted_by(problem, what, owner, range(node * size, (node + 1) * size))
+
+
 def _joined(a: Rows, b: Rows) -> Rows:
     return union((*a, *b))
-
-
-def _sets_exact(problem: Problem, what: str) -> bool:
-    table = reach(problem, what)
-    return table.exact and table.sets_exact
-
-
-def _reachable(problem: Problem, what: str, owner: int, first: int, count: int) -> Rows:
-    """`wanted` by any of `count` ranks from `first` on."""
-    return rows_at(problem.layout(what).segments(owner), wanted_positions(problem, what, first, count))
 
 
 def _half(problem: Problem, what: str, owner: int, half: int) -> Range:
@@ -102,18 +120,6 @@ def _half(problem: Problem, what: str, owner: int, half: int) -> Range:
 
 def _among(rows: Rows, only: Range) -> Rows:
     return tuple((max(a, only[0]), min(b, only[1])) for a, b in rows if a < only[1] and b > only[0])
-
-
-@lru_cache(maxsize=1024)
-def direction(problem: Problem, what: str) -> int:
-    """+1 or -1: the way round on which less travels (over at most 16 owners, evenly spread); +1 where it is equal."""
-    world = problem.world
-    owners = range(0, world, -(-world // SAMPLED_OWNERS))
-
-    def volume(way: int) -> int:
-        return sum(rows_in(carried(problem, what, owner, way, hop)) for owner in owners for hop in range(1, world))
-
-    return 1 if volume(1) <= volume(-1) else -1
 
 
 def attend(problem: Problem, q: Slot, kv: Slot, step: int | str, heads: Range | None = None) -> Compute | None:

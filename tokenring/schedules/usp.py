@@ -21,7 +21,7 @@ from functools import lru_cache
 
 from tokenring.problem import QUERY_KINDS, Problem
 from tokenring.schedules.heads import blocks, head_range, heads_of
-from tokenring.schedules.paths import attend, in_order, united, wanted_by
+from tokenring.schedules.paths import attend, carried, in_order, united, wanted_by
 from tokenring.step import Compute, Slot, Step, Sum, Transfer, pieces
 
 
@@ -179,9 +179,7 @@ def _queries(grid: Usp, problem: Problem, group: int) -> Slot:
 @lru_cache(maxsize=4096)
 def _keys(grid: Usp, problem: Problem, group: int, t: int) -> Slot:
     """The keys and values that a group holds in round t: of the group t before it, those that it or a later one wants."""
-    group %= grid.r
-    later = range(group * grid.u, group * grid.u + (grid.r - t) * grid.u)
-    rows = [p for o in _ranks(grid, group - t) for p in pieces(o, wanted_by(problem, "kv", o, later))]
+    rows = [p for o in _ranks(grid, group - t) for p in pieces(o, carried(problem, "kv", o, 1, t, size=grid.u))]
     return Slot(f"kv:{t}", "kv", in_order(problem, "kv", tuple(rows)))
 
 
