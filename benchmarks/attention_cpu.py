@@ -1,10 +1,12 @@
 """Attention over ranks on a CPU: share of the ideal, beside torch's own ring, both in one run.
 
-    python benchmarks/attention_cpu.py [--ranks 2] [--lengths 2048 8192] [--out benchmarks/results/attention_cpu.json]
+    python -m benchmarks.attention_cpu [--ranks 2] [--lengths 2048 8192] [--out benchmarks/results/attention_cpu.json]
 
 ideal    one process, one thread, the whole sequence through torch's CPU flash operator, divided by the ranks
-peers    torch's private ring (`_templated_ring_attention`, all-to-all), zigzag halves, the same operator inside
-Each turn times every contender once, one after another; figures are medians over the turns, of the slowest rank.
+peers    torch's private ring (`_templated_ring_attention`, all-to-all), zigzag halves, the same operator inside; DeepSpeed's
+         Ulysses and picotron's ring where they are installed
+Each turn times every contender once, one after another; figures are medians over the turns, of the slowest rank, and of
+ratios within a turn. Longer sequences have fewer turns.
 """
 
 from __future__ import annotations
@@ -24,66 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-import tokenring as tr
-
-HEADS, DIM = 8, 64
-
-
-def single(length: int, causal: bool) -> Callable[[], None]:
-    """The whole sequence on this process: forward and backward through the flash operator."""
-    q, k, v, grad = (torch.randn(1, HEADS, length, DIM) for _ in range(4))
-    flash = torch.ops.aten
-
-    def call() -> None:
-        out, lse = flash._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
-        flash._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal)
-
-    return call
-
-
-def ours(
-    length: int, causal: bool, group: dist.ProcessGroup, schedule: str, backward: str, prepared: bool
-) -> Callable[[], None]:
-    """tokenring.attention, forward and backward."""
-    world, rank = group.size(), group.rank()
-    layout = tr.Layout.zigzag(length, world)
-    rows = layout.length(rank)
-    q, k, v = (torch.randn(1, rows, HEADS, DIM, requires_grad=True) for _ in range(3))
-    grad = torch.randn(1, rows, HEADS, DIM)
-    mask = "causal" if causal else "full"
-    shape = tr.AttentionShape(1, length, length, HEADS, HEADS, DIM, dtype=torch.float32)
-    plan = tr.plan(schedule, world=world, shape=shape, layout=layout, mask=mask)
-    if prepared:
-        tr.prepare(group, plan)
-        options = {"plan": plan}
-    else:
-        options = {"layout": layout, "mask": mask, "schedule": schedule}
-
-    def call() -> None:
-        out = tr.attention(q, k, v, group=group, backward_schedule=backward, **options)
-        torch.autograd.grad(out, (q, k, v), grad)
-
-    return call
-
-
-def torch_ring(length: int, causal: bool, group: dist.ProcessGroup) -> Callable[[], None]:
-    """torch's ring with keys and values by all-to-all, the rank's zigzag halves."""
-    from torch.distributed.tensor.experimental._context_parallel import _attention as cp
-
-    cp.set_rotate_method("alltoall")
-    cp._cp_options.enable_load_balance = causal
-    rows = length // group.size()
-    q, k, v, grad = (torch.randn(1, HEADS, rows, DIM) for _ in range(4))
-    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-
-    def call() -> None:
-        out, lse = cp._templated_ring_attention(group, 2, forward, q, k, v, is_causal=causal)[:2]
-        cp._templated_ring_attention_backward(
-            group, 2, backward, grad, "grad_out", q, k, v, out, lse, causal, dropout_p=0.0
-        )
-
-    return call
+from benchmarks.attention_peers import DIM, HEADS, installed, ours, single
 
 
 def rank_main(rank: int, world: int, store: str, lengths: list[int], turns: int, answers: str) -> None:
@@ -96,14 +39,15 @@ def rank_main(rank: int, world: int, store: str, lengths: list[int], turns: int,
     for length in lengths:
         for causal in (True, False):
             contenders = {
-                "ring": ours(length, causal, group, "ring", "ring:direct", False),
-                "ring, prepared": ours(length, causal, group, "ring", "ring:direct", True),
-                "tokenring": ours(length, causal, group, "tokenring", "tokenring", False),
-                "torch ring": torch_ring(length, causal, group),
+                "tokenring, auto": ours(length, causal, group, "auto", "auto"),
+                "tokenring, auto, prepared": ours(length, causal, group, "auto", "auto", prepared=True),
+                "tokenring, ring": ours(length, causal, group, "ring", "ring:direct"),
+                "tokenring, tokenring": ours(length, causal, group, "tokenring", "tokenring"),
+                **{name: make(length, causal, group) for name, make in installed().items()},
             }
             times: dict[str, list[float]] = {name: [] for name in ("single", *contenders)}
             alone = single(length, causal)
-            for turn in range(turns + 2):
+            for turn in range(max(3, turns * lengths[0] // length) + 2):
                 spent = {"single": timed(alone) if rank == 0 else 0.0}
                 for name, call in contenders.items():
                     dist.barrier()
@@ -132,7 +76,9 @@ def summary(times: dict[str, list[float]], world: int) -> dict:
         name: {
             "seconds": statistics.median(seconds),
             "share_of_ideal": statistics.median(i / s for i, s in zip(ideal, seconds)),
-            "times_torch_ring": statistics.median(t / s for t, s in zip(times["torch ring"], seconds)),
+            "speed_up_over": {
+                peer: statistics.median(t / s for t, s in zip(times[peer], seconds)) for peer in installed()
+            },
         }
         for name, seconds in times.items()
     }
@@ -154,8 +100,8 @@ def main() -> None:
         print(f"\n{case}, {options.ranks} ranks x 1 thread, {HEADS} heads, head dim {DIM}, float32, forward + backward")
         for name, row in rows.items():
             print(
-                f"  {name:<16} {row['seconds'] * 1e3:8.1f} ms   {row['share_of_ideal']:6.1%} of ideal   "
-                f"{row['times_torch_ring']:5.2f} x torch ring"
+                f"  {name:<26} {row['seconds'] * 1e3:8.1f} ms   {row['share_of_ideal']:6.1%} of ideal   "
+                + "   ".join(f"{times:5.2f} x {peer}" for peer, times in row["speed_up_over"].items())
             )
     if options.out:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()

@@ -20,6 +20,8 @@ from tokenring.plan import Plan
 from tokenring.transport import HEADER_BYTES, Transport, TransportError, connect
 
 VERSION = 2
+PREPARED_PLANS = 4096
+"""How many plans a group remembers having agreed on; one that is forgotten has headers again."""
 PARTS = (
     "library version",
     "number of calls made",
@@ -69,7 +71,7 @@ def agree_backward(runtime: Transport, plan: Plan, forward_plan: Plan, forward_c
     agree(runtime, plan, (), forward_call=forward_call)
     if runtime.prepared and forward_plan in runtime.prepared:
         runtime.settle()
-        runtime.prepared.add(plan)
+        _keep(runtime, plan)
 
 
 def refuse(runtime: Transport, error: ValueError, prepared: bool = False) -> None:
@@ -103,7 +105,14 @@ def prepare(group: Any, plan: Plan) -> None:
     if runtime.world > 1:
         agree(runtime, plan, ())
         runtime.settle()
-        runtime.prepared.add(plan)
+        _keep(runtime, plan)
+
+
+def _keep(runtime: Transport, plan: Plan) -> None:
+    """Every rank forgets the same plan, because all have prepared the same ones in the same order."""
+    runtime.prepared[plan] = None
+    if len(runtime.prepared) > PREPARED_PLANS:
+        del runtime.prepared[next(iter(runtime.prepared))]
 
 
 def _header(head: tuple[int, ...], text: str = "") -> bytes:

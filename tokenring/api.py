@@ -135,13 +135,14 @@ class _Attention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, runtime: Transport, call: Call
     ) -> tuple[Tensor, Tensor]:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        out, lse, ctx.ready = calls.forward(call, runtime, q, k, v, sinks)
+        out, lse, *ctx.made = calls.forward(call, runtime, q, k, v, sinks)
         ctx.save_for_backward(q, k, v, out, lse, sinks)
         ctx.runtime = runtime
         ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return *calls.backward(ctx.ready, ctx.runtime, do, *ctx.saved_tensors), None, None
+        return *calls.backward(*ctx.made, ctx.runtime, do, *ctx.saved_tensors), None, None

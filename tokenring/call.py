@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tokenring import executor, kernels
-from tokenring.agreement import agree, refuse
+from tokenring.agreement import agree, agree_backward, refuse
 from tokenring.arguments import check_given, check_options, check_tensors, wire_dtype
 from tokenring.choose import check_name, choose_plan
 from tokenring.layout import Layout
@@ -86,28 +86,32 @@ Like = tuple[torch.Size, torch.dtype, torch.device]
 
 def forward(
     call: Call, runtime: Transport, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
-) -> tuple[Tensor, Tensor, Ready]:
-    """out in q's dtype and lse, both new. Collective: a refusal here is told to the other ranks before it is raised."""
+) -> tuple[Tensor, Tensor, Ready, int]:
+    """out in q's dtype and lse, both new; what `backward` wants, and the number of this call.
+
+    Collective: a refusal here is told to the other ranks before it is raised.
+    """
     prepared = False
     try:
         call = _unpacked(call)
         prepared = bool(runtime.prepared) and isinstance(call.plan, Plan) and call.plan in runtime.prepared
         ready = make_ready(call, runtime, q, k, v, sinks)
     except ValueError as error:
-        if not prepared:
-            refuse(runtime, error)
+        refuse(runtime, error, prepared)
         raise
+    number = 0
     if not prepared:
-        agree(runtime, ready.plan, (call.scale, call.softcap, sinks is None, ready.gradients))
+        number = agree(runtime, ready.plan, (call.scale, call.softcap, sinks is None, ready.gradients))
     out, lse = executor.run(ready.plan, runtime, ForwardWork(q, k, v, ready.options))
     if sinks is not None:
         out = out.to(accumulator_dtype(q.dtype))
         merge_sinks_(out, lse, sinks)
-    return out.to(q.dtype), lse, ready
+    return out.to(q.dtype), lse, ready, number
 
 
 def backward(
     ready: Ready,
+    number: int,
     runtime: Transport,
     do: Tensor,
     q: Tensor,
@@ -117,12 +121,14 @@ def backward(
     lse: Tensor,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv and this rank's share of d_sinks. Collective."""
+    """dq, dk, dv and this rank's share of d_sinks. Collective. number: that of the forward call, 0 where it is not known."""
     plan = ready.backward_plan
     wide = accumulator_dtype(q.dtype)
-    delta = (do.to(wide) * out.to(wide)).sum(-1).transpose(1, 2).contiguous()
-    work = BackwardWork((q, do.contiguous(), lse.contiguous(), delta), k, v, ready.options, plan.partial_dtype)
-    dq, dk, dv = executor.run(plan, runtime, work)
+    with runtime.shared_fate():
+        agree_backward(runtime, plan, ready.plan, number)
+        delta = (do.to(wide) * out.to(wide)).sum(-1).transpose(1, 2).contiguous()
+        queries = (q, do.contiguous(), lse.contiguous(), delta, out)
+        dq, dk, dv = executor.run(plan, runtime, BackwardWork(queries, k, v, ready.options, plan.partial_dtype))
     d_sinks = None
     if sinks is not None:
         share = torch.exp(sinks.to(wide)[None, :, None] - lse).masked_fill(torch.isneginf(lse), 0.0)

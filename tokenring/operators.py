@@ -50,7 +50,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """The forward of one call; see the module. Use `tokenring.attention`."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    out, lse, _ = calls.forward(_call_of(spec, plan, scale, softcap), _runtime(group), q, k, v, sinks)
+    out, lse, *_ = calls.forward(_call_of(spec, plan, scale, softcap), _runtime(group), q, k, v, sinks)
     return out.contiguous(), lse.contiguous()
 
 
@@ -78,7 +78,7 @@ def attention_backward(
     runtime = _runtime(group)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     ready = calls.make_ready(_call_of(spec, plan, scale, softcap), runtime, q, k, v, sinks)
-    *grads, d_sinks = calls.backward(ready, runtime, do, q, k, v, out, lse, sinks)
+    *grads, d_sinks = calls.backward(ready, 0, runtime, do, q, k, v, out, lse, sinks)
     dq, dk, dv = (grad.contiguous() for grad in grads)
     return dq, dk, dv, q.new_empty(0) if d_sinks is None else d_sinks
 

@@ -59,7 +59,8 @@ class Transport(Collectives):
         self.device = torch.device("cpu")
         """Where the transport's own small messages live."""
         self.calls = 0
-        self.prepared: set[Any] = set()
+        self.prepared: dict[Any, None] = {}
+        """Plans that need no header, the oldest first."""
         self._poisoning = threading.Lock()
         self._harmless: Callable[[], BaseException | None] = lambda: None
         self._ledger = Ledger(rank)

@@ -27,8 +27,8 @@ Part = tuple[Sequence[Range], Tensors]
 """A partial, and the rows of the total that its rows are."""
 
 ROW_DIMS = {"q": (1,), "kv": (1, 1), "out": (1, 2), "qd": (1, 1, 2, 2), "dq": (1,), "dkv": (1, 1)}
-HEAD_DIMS = {"q": (2,), "kv": (2, 2), "out": (2, 1), "qd": (2, 2, 1, 1), "dq": (2,), "dkv": (2, 2)}
-"""Which dim of each tensor of a slot counts rows, and which heads."""
+HEAD_DIMS = {"q": (2,), "kv": (2, 2), "out": (2, 1), "qd": (2, 2, 1, 1, 2), "dq": (2,), "dkv": (2, 2)}
+"""Which dim of each tensor of a slot counts rows, and which heads. Queries at rest have their out as well, which never travels."""
 
 
 @dataclass(frozen=True, slots=True)

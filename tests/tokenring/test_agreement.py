@@ -218,3 +218,73 @@ def all_to_itself(group: Any) -> str:
 def test_a_call_that_waits_for_nobody_is_agreed_on_too(pool: Pool) -> None:
     for results in (tr.run_local(WORLD, all_to_itself), pool.run(WORLD, on_lanes_of_its_own, all_to_itself)):
         assert all("ranks disagree on mask: rank 2 differs from rank 0" in said for said in results)
+
+
+def two_calls(group: Any, swapped: bool) -> list[str]:
+    """Two forward calls, then their gradients, which rank 1 may ask for the other way round; then one more call."""
+    runtime, said = tr.connect(group), []
+    leaves = [[x.requires_grad_() for x in local_shards(runtime.rank)] for _ in range(2)]
+    outs = [tr.attention(*each, group=runtime) for each in leaves]
+    for which in (0, 1) if swapped and runtime.rank == 1 else (1, 0):
+        try:
+            outs[which].sum().backward()
+            said.append("")
+        except tr.AgreementError as error:
+            said.append(str(error))
+    tr.attention(*local_shards(runtime.rank), group=runtime)
+    return said
+
+
+@pytest.mark.parametrize("where", ["threads", "processes"])
+def test_backward_passes_of_other_forward_calls_are_found(pool: Pool, where: str) -> None:
+    def on_all_ranks(swapped: bool) -> list[list[str]]:
+        if where == "threads":
+            return tr.run_local(WORLD, two_calls, swapped)
+        return pool.run(WORLD, on_lanes_of_its_own, two_calls, swapped)
+
+    assert on_all_ranks(False) == [["", ""]] * WORLD
+    for first, second in on_all_ranks(True):
+        assert "which forward call this is the backward of: rank 1 says 1, rank 0 2" in first
+        assert "rank 1 says 2, rank 0 1" in second
+
+
+def refused_when_prepared(group: Any) -> tuple[list[str], float]:
+    """The second of three prepared calls has a bad scale on rank 1."""
+    runtime, plan = tr.connect(group, timeout_seconds=60.0), plan_of()
+    tr.prepare(runtime, plan)
+    said, start = [], time.monotonic()
+    for scale in (None, float("nan"), None):
+        try:
+            q, k, v = local_shards(runtime.rank)
+            tr.attention(q, k, v, group=runtime, plan=plan, scale=scale if runtime.rank == 1 else None)
+            said.append("")
+        except (ValueError, tr.TransportError) as error:
+            said.append(str(error))
+    return said, time.monotonic() - start
+
+
+def test_an_argument_refused_under_a_prepared_plan_raises_everywhere_at_once(pool: Pool) -> None:
+    for results in (
+        tr.run_local(WORLD, refused_when_prepared),
+        pool.run(WORLD, on_lanes_of_its_own, refused_when_prepared),
+    ):
+        for (first, second, third), seconds in results:
+            assert first == "" and "scale is nan" in second and "cannot be used again" in third
+            assert seconds < 20.0
+
+
+def test_a_group_forgets_the_oldest_prepared_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenring.agreement.PREPARED_PLANS", 1)
+    plans = [plan_of(), plan_of(schedule="gather")]
+
+    def work(group: Any) -> list[int]:
+        for plan in plans:
+            tr.prepare(group, plan)
+        sent = []
+        for plan in plans:
+            with tr.count_traffic(group) as traffic:
+                tr.attention(*local_shards(group.rank()), group=group, plan=plan)
+            sent.append(sum(traffic.control.values()))
+        return sent
+
+    assert tr.run_local(WORLD, work) == [[(WORLD - 1) * HEADER_BYTES, 0]] * WORLD

@@ -41,20 +41,22 @@ def allowed_by(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None) -> Tenso
 
 @pytest.mark.parametrize("height", [1, 2, 64])
 @pytest.mark.parametrize("longest", [1, 3, 2048])
+@pytest.mark.parametrize("causal", [1, 3, None])
 def test_every_band_equals_dense_attention_and_no_call_has_a_row_without_keys(
-    monkeypatch: pytest.MonkeyPatch, height: int, longest: int
+    monkeypatch: pytest.MonkeyPatch, height: int, longest: int, causal: int | None
 ) -> None:
     monkeypatch.setattr(bands, "MASKED_KEYS", longest)
+    sizes = bands.Sizes(lambda width: height, causal)
     for rows, keys in SIZES:
         for lower, upper in oracles.bands(rows, keys):
             allowed = oracles.band(rows, keys, lower, upper)
             queries, k, v = oracles.block_of_a_longer_row(rows, keys, (2, 1), 4, torch.float64, allowed, scale=0.5)
             q, do, lse, delta = queries
-            got = bands.attend(attend, lambda width: height, q, k, v, lower, upper)
+            got = bands.attend(attend, sizes, q, k, v, lower, upper)
             for a, b in zip(got, dense_attention(q, k, v, allowed, scale=0.5)):
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
             out = do * (delta.transpose(1, 2) / do.square().sum(-1)).unsqueeze(-1)
-            grads = bands.differentiate(differentiate, lambda width: height, (q, do, out, lse), k, v, lower, upper)
+            grads = bands.differentiate(differentiate, sizes, (q, do, out, lse), k, v, lower, upper)
             for a, b in zip(grads, oracles.gradients(queries, k, v, allowed, 0.5)):
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
@@ -69,10 +71,25 @@ def test_a_band_reads_few_keys_outside_and_masks_little_of_what_is_wide(width: i
         return torch.zeros_like(q), torch.zeros(1, 1, q.shape[1])
 
     x = torch.zeros(1, 8192, 1, 1)
-    bands.attend(call, lambda _: height, x, x, x, 1 - width, 0)
+    bands.attend(call, bands.Sizes(lambda _: height), x, x, x, 1 - width, 0)
     assert sum(read) <= 8192 * (width + height)
     assert max(masked) <= height * bands.MASKED_KEYS
     assert width == 64 or sum(masked) <= sum(read) / 4
+
+
+def test_a_causal_band_is_cut_to_squares_and_reads_little_of_what_it_leaves_out() -> None:
+    read, longest = [], []
+
+    def call(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        read.append(q.shape[1] * k.shape[1])
+        longest.append(q.shape[1] if causal else 0)
+        return torch.zeros_like(q), torch.zeros(1, 1, q.shape[1])
+
+    for rows in (1000, 4096):
+        x = torch.zeros(1, rows, 1, 1)
+        bands.attend(call, bands.Sizes(lambda _: 64, causal=128), x, x, x, None, 0)
+        assert max(longest) <= 128 and sum(read) <= rows * (rows + 128) / 2
+        read.clear()
 
 
 def test_masks_are_made_once_for_blocks_that_lie_alike() -> None:
@@ -83,7 +100,7 @@ def test_masks_are_made_once_for_blocks_that_lie_alike() -> None:
         return torch.zeros_like(q), torch.zeros(1, 1, q.shape[1])
 
     x = torch.zeros(1, 1024, 1, 1)
-    bands.attend(call, lambda width: 64, x, x, x, -100, 30)
+    bands.attend(call, bands.Sizes(lambda _: 64), x, x, x, -100, 30)
     assert len(masks) <= 5
 
 

@@ -5,6 +5,8 @@ every pair, causal (key index <= query index), or an additive mask. So
 
     no bound, upper = 0     one call
     upper > 0               the first `upper` keys full, the rest causal; the two partials merge
+    upper = 0, many rows    where a causal call also computes much of what it then leaves out: halved again and again into
+                            squares, which are full, and small causal triangles
     a lower bound           blocks of query rows, each over the keys that its rows see, with a mask where the band cuts
                             through; in a wide band the keys that every row of a block sees need none
 
@@ -16,6 +18,7 @@ up, both in the accumulator dtype and in one order.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,32 +32,44 @@ Attend = Callable[[Tensor, Tensor, Tensor, bool, Tensor | None], tuple[Tensor, T
 """(q, k, v, causal, mask) -> out, lse."""
 Differentiate = Callable[[Queries, Tensor, Tensor, bool, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 """(queries, k, v, causal, mask) -> dq, dk, dv."""
-BlockRows = Callable[[int], int]
-"""How many query rows a block has, from the width of the band in keys."""
 
+
+class Sizes(NamedTuple):
+    """What is quick for a back end. block: how many query rows a block has, from the width of the band in keys.
+    causal: the most rows that a causal call should have; None for any number.
+    """
+
+    block: Callable[[int], int]
+    causal: int | None = None
+
+
+_ALIGNED = 64
+"""Halves start at multiples of so many rows, in which matrix products are done."""
 MASKED_KEYS = 2048
 """The longest block that is one masked call: beyond, a mask costs more memory than two more calls cost time."""
 
 
 def attend(
-    call: Attend, block_rows: BlockRows, q: Tensor, k: Tensor, v: Tensor, lower: int | None, upper: int | None
+    call: Attend, sizes: Sizes, q: Tensor, k: Tensor, v: Tensor, lower: int | None, upper: int | None
 ) -> tuple[Tensor, Tensor]:
     """out in q's dtype and lse of a rectangle under a band; shapes as in `BlockKernel.block`."""
     k, v = (x[:, : seen(q.shape[1], k.shape[1], upper)] for x in (k, v))
     lower, upper = binding(q.shape[1], k.shape[1], lower, upper)
     if lower is not None:
-        return _attend_in_blocks(call, block_rows, q, k, v, lower, upper)
-    if upper is None or upper == 0:
-        return call(q, k, v, upper == 0, None)
+        return _attend_in_blocks(call, sizes.block, q, k, v, lower, upper)
+    if upper is None:
+        return call(q, k, v, False, None)
+    if upper == 0:
+        return _attend_causal(call, sizes.causal, q, k, v)
     out, lse = call(q, k[:, :upper], v[:, :upper], False, None)
     out = out.to(accumulator_dtype(q.dtype))
-    merge_(out, lse, *call(q, k[:, upper:], v[:, upper:], True, None))
+    merge_(out, lse, *_attend_causal(call, sizes.causal, q, k[:, upper:], v[:, upper:]))
     return out.to(q.dtype), lse
 
 
 def differentiate(
     call: Differentiate,
-    block_rows: BlockRows,
+    sizes: Sizes,
     queries: Queries,
     k: Tensor,
     v: Tensor,
@@ -65,15 +80,17 @@ def differentiate(
     unseen = k.shape[1] - seen(queries[0].shape[1], k.shape[1], upper)
     if unseen:
         k, v = k[:, :-unseen], v[:, :-unseen]
-        dq, dk, dv = differentiate(call, block_rows, queries, k, v, lower, upper)
+        dq, dk, dv = differentiate(call, sizes, queries, k, v, lower, upper)
         return dq, pad(dk, (0, 0, 0, 0, 0, unseen)), pad(dv, (0, 0, 0, 0, 0, unseen))
     lower, upper = binding(queries[0].shape[1], k.shape[1], lower, upper)
     if lower is not None:
-        return _differentiate_in_blocks(call, block_rows, queries, k, v, lower, upper)
-    if upper is None or upper == 0:
-        return call(queries, k, v, upper == 0, None)
+        return _differentiate_in_blocks(call, sizes.block, queries, k, v, lower, upper)
+    if upper is None:
+        return call(queries, k, v, False, None)
+    if upper == 0:
+        return _differentiate_causal(call, sizes.causal, queries, k, v)
     near = call(queries, k[:, :upper], v[:, :upper], False, None)
-    far = call(queries, k[:, upper:], v[:, upper:], True, None)
+    far = _differentiate_causal(call, sizes.causal, queries, k[:, upper:], v[:, upper:])
     dk, dv = (torch.cat(parts, dim=1) for parts in zip(near[1:], far[1:]))
     return near[0].to(accumulator_dtype(k.dtype)).add_(far[0]), dk, dv
 
@@ -105,8 +122,65 @@ def binding(rows: int, keys: int, lower: int | None, upper: int | None) -> tuple
     )
 
 
+def _attend_causal(call: Attend, most: int | None, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Row i sees keys 0..i. No more keys than rows."""
+    if most is None or q.shape[1] <= most:
+        return call(q, k, v, True, None)
+    wide = accumulator_dtype(q.dtype)
+    out = torch.empty(*q.shape[:3], v.shape[3], dtype=wide, device=q.device)
+    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=wide, device=q.device)
+    for rows, keys, causal in _triangle(q.shape[1], k.shape[1], most):
+        part = call(q[:, rows], k[:, keys], v[:, keys], causal, None)
+        if causal or rows.start >= k.shape[1]:
+            out[:, rows], lse[:, :, rows] = part
+        else:
+            merge_(out[:, rows], lse[:, :, rows], *part)
+    return out.to(q.dtype), lse
+
+
+def _differentiate_causal(
+    call: Differentiate, most: int | None, queries: Queries, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    if most is None or queries[0].shape[1] <= most:
+        return call(queries, k, v, True, None)
+    dq, dk, dv = (torch.empty_like(x, dtype=accumulator_dtype(k.dtype)) for x in (queries[0], k, v))
+    for rows, keys, causal in _triangle(dq.shape[1], k.shape[1], most):
+        mine = (*(x[:, rows] for x in queries[:3]), queries[3][:, :, rows])
+        grads = call(mine, k[:, keys], v[:, keys], causal, None)
+        for total, at, grad in zip((dq, dk, dv), (rows, keys, keys), grads):
+            if causal or (total is dq and rows.start >= k.shape[1]):
+                total[:, at] = grad
+            else:
+                total[:, at] += grad
+    return dq, dk, dv
+
+
+def _triangle(rows: int, keys: int, most: int) -> Iterator[tuple[slice, slice, bool]]:
+    """The rectangles of rows and keys of a causal band, and which are causal themselves.
+
+    A causal one is the first of its rows and keys; rows past the last key have one rectangle.
+
+    >>> [(rows.start, rows.stop, keys.start, keys.stop, causal) for rows, keys, causal in _triangle(5, 4, 2)]
+    [(0, 2, 0, 2, True), (2, 4, 2, 4, True), (2, 4, 0, 2, False), (4, 5, 0, 4, False)]
+    """
+    yield from _halves(0, min(rows, keys), most)
+    if rows > keys:
+        yield slice(keys, rows), slice(0, keys), False
+
+
+def _halves(first: int, last: int, most: int) -> Iterator[tuple[slice, slice, bool]]:
+    if last - first <= most:
+        yield slice(first, last), slice(first, last), True
+        return
+    half = (last - first + 1) // 2
+    middle = first + -(-half // _ALIGNED) * _ALIGNED if half > _ALIGNED else first + half
+    yield from _halves(first, middle, most)
+    yield from _halves(middle, last, most)
+    yield slice(middle, last), slice(first, middle), False
+
+
 def _attend_in_blocks(
-    call: Attend, block_rows: BlockRows, q: Tensor, k: Tensor, v: Tensor, lower: int, upper: int | None
+    call: Attend, block_rows: Callable[[int], int], q: Tensor, k: Tensor, v: Tensor, lower: int, upper: int | None
 ) -> tuple[Tensor, Tensor]:
     masks = _Masks(lower, upper, q)
     out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
@@ -126,7 +200,13 @@ def _attend_in_blocks(
 
 
 def _differentiate_in_blocks(
-    call: Differentiate, block_rows: BlockRows, queries: Queries, k: Tensor, v: Tensor, lower: int, upper: int | None
+    call: Differentiate,
+    block_rows: Callable[[int], int],
+    queries: Queries,
+    k: Tensor,
+    v: Tensor,
+    lower: int,
+    upper: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     masks = _Masks(lower, upper, queries[0])
     wide = accumulator_dtype(k.dtype)
@@ -141,7 +221,7 @@ def _differentiate_in_blocks(
 
 
 def _blocks(
-    rows: int, keys: int, lower: int, upper: int | None, block_rows: BlockRows
+    rows: int, keys: int, lower: int, upper: int | None, block_rows: Callable[[int], int]
 ) -> Iterator[tuple[slice, list[tuple[slice, bool]]]]:
     """Query rows, and the key ranges that they see together, each with whether the band cuts through it."""
     step = block_rows(min(keys, keys if upper is None else upper - lower + 1))

@@ -38,7 +38,7 @@ class BlockKernel(ABC):
     @abstractmethod
     def block_backward(
         self,
-        queries: tuple[Tensor, Tensor, Tensor, Tensor],
+        queries: tuple[Tensor, ...],
         k: Tensor,
         v: Tensor,
         lower: int | None,
@@ -49,7 +49,8 @@ class BlockKernel(ABC):
         """Gradients of one rectangle, a share of those of the whole rows and keys.
 
         Args:
-            queries: q and do (B, Sq, Hq, D or Dv), lse and delta = rowsum(do * out) (B, Hq, Sq) of the whole rows.
+            queries: q and do (B, Sq, Hq, D or Dv), lse and delta = rowsum(do * out) (B, Hq, Sq) of the whole rows; then out
+                of the whole rows, like do, where the rows never left their rank.
             k, v, lower, upper: as in `block`.
 
         Returns:
@@ -87,8 +88,9 @@ class BlockKernel(ABC):
         corner = tile.shift(-tile.q_start, -tile.k_start)
         batch = slice(None) if tile.batch is None else slice(*tile.batch)
         q_rows, k_rows = slice(tile.q_start, tile.q_stop), slice(tile.k_start, tile.k_stop)
-        q, do, lse, delta = queries
+        q, do, lse, delta, *out = queries
         mine = (q[batch, q_rows], do[batch, q_rows], lse[batch, :, q_rows], delta[batch, :, q_rows])
+        mine += tuple(x[batch, q_rows] for x in out)
         k, v = (x[batch, k_rows] for x in kv)
         return self.block_backward(mine, k, v, corner.lower, corner.upper, scale, softcap)
 

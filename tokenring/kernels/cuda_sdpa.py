@@ -28,7 +28,7 @@ from torch.nn.functional import pad
 
 from tokenring.kernels import bands
 from tokenring.kernels.base import BlockKernel
-from tokenring.kernels.delta import out_of_delta
+from tokenring.kernels.delta import out_of
 
 _OPERATORS = (
     "_flash_attention_forward",
@@ -87,12 +87,12 @@ class CudaSdpaKernel(BlockKernel):
             def call(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
                 return self._efficient(q, k, v, causal, mask, scale)
 
-            out, lse = bands.attend(call, _block_rows, q, k, v, lower, upper)
+            out, lse = bands.attend(call, _SIZES, q, k, v, lower, upper)
         return out[..., :dims], lse
 
     def block_backward(
         self,
-        queries: tuple[Tensor, Tensor, Tensor, Tensor],
+        queries: tuple[Tensor, ...],
         k: Tensor,
         v: Tensor,
         lower: int | None,
@@ -100,9 +100,9 @@ class CudaSdpaKernel(BlockKernel):
         scale: float,
         softcap: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        q, do, lse, delta = queries
+        q, do, lse = queries[:3]
         shapes, width = (q.shape, k.shape, v.shape), padded_dims(q.shape[-1], v.shape[-1])
-        q, k, v, do, out = (fill_heads(x, width) for x in (q, k, v, do, out_of_delta(do, delta)))
+        q, k, v, do, out = (fill_heads(x, width) for x in (q, k, v, do, out_of(queries)))
         if self._takes_flash(q):
             grads = self._flash_backward((q, do, out, lse), k, v, lower, upper, scale)
         else:
@@ -113,7 +113,7 @@ class CudaSdpaKernel(BlockKernel):
             ) -> tuple[Tensor, Tensor, Tensor]:
                 return self._efficient_backward(queries, k, v, causal, mask, scale)
 
-            grads = bands.differentiate(call, _block_rows, (q, do, out, lse), k, v, lower, upper)
+            grads = bands.differentiate(call, _SIZES, (q, do, out, lse), k, v, lower, upper)
         dq, dk, dv = (_reduce(grad, shape) for grad, shape in zip(grads, shapes))
         return dq, dk, dv
 
@@ -242,3 +242,6 @@ def _bias(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
 def _block_rows(width: int) -> int:
     """Not measured: enough rows to fill a device with a few heads."""
     return max(512, min(width, 2048))
+
+
+_SIZES = bands.Sizes(_block_rows)

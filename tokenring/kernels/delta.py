@@ -15,6 +15,11 @@ import torch
 from torch import Tensor
 
 
+def out_of(queries: tuple[Tensor, ...]) -> Tensor:
+    """The `out` of (q, do, lse, delta, out), or one that serves where there are only four."""
+    return queries[4] if len(queries) > 4 else out_of_delta(queries[1], queries[3])
+
+
 def out_of_delta(do: Tensor, delta: Tensor) -> Tensor:
     """A tensor of do's shape and dtype with rowsum(do * out) = delta.
 

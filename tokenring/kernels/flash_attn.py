@@ -89,7 +89,7 @@ class FlashAttnKernel(BlockKernel):
 
     def block_backward(
         self,
-        queries: tuple[Tensor, Tensor, Tensor, Tensor],
+        queries: tuple[Tensor, ...],
         k: Tensor,
         v: Tensor,
         lower: int | None,
@@ -97,7 +97,7 @@ class FlashAttnKernel(BlockKernel):
         scale: float,
         softcap: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        q, do, lse, delta = queries
+        q, do, lse, delta = queries[:4]
         kernel = self.backward_kernel(q, v, softcap)
         if kernel is not self:
             return kernel.block_backward(queries, k, v, lower, upper, scale, softcap)

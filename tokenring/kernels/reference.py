@@ -48,7 +48,7 @@ class ReferenceKernel(BlockKernel):
 
     def block_backward(
         self,
-        queries: tuple[Tensor, Tensor, Tensor, Tensor],
+        queries: tuple[Tensor, ...],
         k: Tensor,
         v: Tensor,
         lower: int | None,
@@ -64,7 +64,7 @@ class ReferenceKernel(BlockKernel):
         for first in range(0, dq.shape[1], BLOCK_ROWS):
             last = min(first + BLOCK_ROWS, dq.shape[1])
             q, do = (x[:, first:last].to(dtype).transpose(1, 2).unflatten(1, (heads, -1)) for x in queries[:2])
-            lse, delta = (x[:, :, first:last].unflatten(1, (heads, -1)).unsqueeze(-1) for x in queries[2:])
+            lse, delta = (x[:, :, first:last].unflatten(1, (heads, -1)).unsqueeze(-1) for x in queries[2:4])
             seen = _seen(first, last - first, k.shape[1], lower, upper)
             scores = (q * scale) @ keys[..., seen, :].transpose(-1, -2)
             bent = None if softcap is None else torch.tanh(scores / softcap)
