@@ -6,7 +6,7 @@
     ring                keys of 01 h01 pass between ranks 0 and 2, those of h23 between ranks 1 and 3
 
 The first exchange turns "my rows, all heads" into "the rows of my group, my heads"; the rows lie in global order, so that a
-zigzag is one causal tile again. Results go straight home. `ulysses` is usp:Nx1. Query heads may be fewer than the ranks or
+zigzag is one causal tile again. Keys go first, because the ring waits for them; queries follow while the ring moves. Results go straight home. `ulysses` is usp:Nx1. Query heads may be fewer than the ranks or
 not divide by them: ranges are uneven then, or empty, and key heads go to all that need them. A range that is no whole number
 of key groups is computed as up to three.
 Sent per rank, full mask, U dividing Hkv: forward (U-1)/U (2Q + L + KV) + (R-1) KV; backward
@@ -33,29 +33,36 @@ class Usp:
     r: int
 
     def __call__(self, problem: Problem, rank: int) -> tuple[Step, ...]:
-        """One rank's steps: the exchange, R of compute, and one to merge what came home."""
-        return (_spread(self, problem, rank), *_rounds(self, problem, rank))
+        """One rank's steps: the keys' exchange, R of compute, and one to merge what came home."""
+        first, *rounds = _rounds(self, problem, rank)
+        keys = _spread(problem, rank, "kv", _keys(self, problem, rank // self.u, 0), self)
+        queries = _spread(problem, rank, "q", _queries(self, problem, rank // self.u), self)
+        first = replace(
+            first,
+            sends=(*first.sends[:2], queries.sends[0]),
+            receives=(*first.receives[:2], queries.receives[0]),
+            slots=first.slots + queries.slots,
+            copies=first.copies + queries.copies,
+        )
+        return (keys, first, *rounds)
 
 
-def _spread(grid: Usp, problem: Problem, rank: int) -> Step:
+def _spread(problem: Problem, rank: int, what: str, whole: Slot, grid: Usp) -> Step:
     """Rows of the group and own heads take the place of own rows and all heads."""
-    sends, receives, slots, copies = [], [], [], []
-    group = rank // grid.u
-    for what, whole in (("q", _queries(grid, problem, group)), ("kv", _keys(grid, problem, group, 0))):
-        for peer in range(group * grid.u, (group + 1) * grid.u):
-            leaving = tuple(p for p in whole.pieces if p.owner == rank)
-            heads = heads_of(problem, what, head_range(problem, grid.u, peer))
-            if leaving and heads[0] < heads[1]:
-                sends.append(Transfer(rank, peer, whole.what, leaving, what, whole.name, heads))
-            coming = tuple(p for p in whole.pieces if p.owner == peer)
-            heads = heads_of(problem, what, head_range(problem, grid.u, rank))
-            if coming and heads[0] < heads[1]:
-                receives.append(Transfer(peer, rank, whole.what, coming, what, whole.name, heads))
-        if whole.rows and heads[0] < heads[1]:
-            slots.append(replace(whole, heads=heads))
+    sends, receives, group = [], [], rank // grid.u
+    own_heads = heads_of(problem, what, head_range(problem, grid.u, rank))
+    for peer in _ranks(grid, group):
+        leaving = tuple(p for p in whole.pieces if p.owner == rank)
+        heads = heads_of(problem, what, head_range(problem, grid.u, peer))
+        if leaving and heads[0] < heads[1]:
+            sends.append(Transfer(rank, peer, whole.what, leaving, what, whole.name, heads))
+        coming = tuple(p for p in whole.pieces if p.owner == peer)
+        if coming and own_heads[0] < own_heads[1]:
+            receives.append(Transfer(peer, rank, whole.what, coming, what, whole.name, own_heads))
+    slots = (replace(whole, heads=own_heads),) if whole.rows and own_heads[0] < own_heads[1] else ()
     copies = tuple(t for t in sends if t.destination == rank)
     sends = tuple(t for t in sends if t.destination != rank)
-    return Step((sends,), (tuple(t for t in receives if t.source != rank),), tuple(slots), copies)
+    return Step((sends,), (tuple(t for t in receives if t.source != rank),), slots, copies)
 
 
 def _rounds(grid: Usp, problem: Problem, rank: int) -> Iterator[Step]:
