@@ -5,10 +5,11 @@
     after the exchange  rows 01 h01   rows 01 h23   rows 23 h01   rows 23 h23
     ring                keys of 01 h01 pass between ranks 0 and 2, those of h23 between ranks 1 and 3
 
-The first exchange turns "my rows, all heads" into "the rows of my group, my heads"; the rows lie in global order, so that a
-zigzag is one causal tile again. Keys go first, because the ring waits for them; queries follow while the ring moves. Results go straight home. `ulysses` is usp:Nx1. Query heads may be fewer than the ranks or
-not divide by them: ranges are uneven then, or empty, and key heads go to all that need them. A range that is no whole number
-of key groups is computed as up to three.
+The first exchanges turn "my rows, all heads" into "the rows of my group, my heads"; the rows lie in global order, so that a
+zigzag is one causal tile again. Keys go first, because the ring waits for them; queries follow while the ring moves.
+Results go straight home. `ulysses` is usp:Nx1. Query heads may be fewer than the ranks or not divide by them: ranges are
+uneven then, or empty, and key heads go to all that need them. A range that is no whole number of key groups is computed as
+up to three.
 Sent per rank, full mask, U dividing Hkv: forward (U-1)/U (2Q + L + KV) + (R-1) KV; backward
 (U-1)/U (3Q + 2L + 2 KV) + 2 (R-1) KV.
 """
