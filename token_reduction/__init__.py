@@ -17,10 +17,12 @@ from token_reduction.distributed import reduce_distributed
 from token_reduction.reducer import Reducer
 from token_reduction.reduction import Reduction
 from token_reduction.registry import Method, build, methods, parse
+from token_reduction.stream import KeptWindow, reduce_stream
 from token_reduction.tokens import TokenShard, VisualTokens
 
 __all__ = [
     "Budget",
+    "KeptWindow",
     "Method",
     "Reducer",
     "Reduction",
@@ -30,6 +32,7 @@ __all__ = [
     "methods",
     "parse",
     "reduce_distributed",
+    "reduce_stream",
     "split_budget",
     "windows",
 ]

@@ -67,8 +67,12 @@ def blocks(rows: int, width: int, device: torch.device) -> Iterator[tuple[int, i
     return ((first, min(first + step, rows)) for first in range(0, rows, step))
 
 
+_HELD_BYTES = 2**29
+
+
 class UnitRows:
-    """Unit rows of `x` (n, D), made block by block when asked for, so that only O(n) is held beyond `x` itself.
+    """Unit rows of `x` (n, D): held in float64 while they take 512 MiB at most (no pass then makes them again), and beyond
+    that made block by block when asked for, so that only O(n) is held besides `x` itself.
 
     The distance of two rows is d(i, j) = half[i] + half[j] - q_i . q_j = |q_i - q_j|^2 / 2, which is 1 - cosine, exact up to
     the rounding of q, and exactly 0 for equal rows. An all-zero row stays zero: 1/2 from every other row, 0 from its like.
@@ -84,12 +88,17 @@ class UnitRows:
         self._inverse = x.new_zeros((self.count, 1), dtype=torch.float64)
         self.half = x.new_zeros(self.count, dtype=torch.float64)
         """(n,) float64: |q|^2 / 2."""
+        self._held: Tensor | None = None
+        held = x.new_empty(x.shape, dtype=torch.float64) if 8 * x.numel() <= _HELD_BYTES else None
         for first, last in blocks(self.count, self.width, x.device):
             rows = self._raw(slice(first, last))
             norm = pair_sum(rows * rows).sqrt_()
             self._inverse[first:last, 0] = torch.where(norm > 0, 1.0 / norm, 0.0)
             rows = self.take(slice(first, last))
             self.half[first:last] = 0.5 * (rows * rows).sum(1)
+            if held is not None:
+                held[first:last] = rows
+        self._held = held
 
     def _raw(self, which: slice | Tensor) -> Tensor:
         rows = self._x[which].double()
@@ -97,6 +106,8 @@ class UnitRows:
 
     def take(self, which: slice | Tensor) -> Tensor:
         """(m, D) float64 unit rows, rounded to multiples of 2^-25."""
+        if self._held is not None:
+            return self._held[which]
         return (self._raw(which) * self._inverse[which]).add_(_MAGIC).sub_(_MAGIC)
 
     def distances(self, which: Tensor | None, others: Tensor, half: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -5,6 +5,7 @@ Each function takes one frame or item and returns the kept tokens ascending, or 
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -196,7 +197,7 @@ def vispruner(x, attention, count, important, per_round):
 def peaks(x, neighbours, longest=None):
     longest = longest or float(x.double().norm(dim=1).max())
     d = torch.cdist(x.double()[None], x.double()[None])[0] / longest
-    density = [math.exp(-sum(sorted((v**2 for v in row.tolist()))[:neighbours]) / min(neighbours, len(x))) for row in d]
+    density = [math.exp(-sum(sorted(v**2 for v in row.tolist())[:neighbours]) / min(neighbours, len(x))) for row in d]
     scores = []
     for i in range(len(x)):
         denser = [j for j in range(len(x)) if density[j] > density[i] or (density[j] == density[i] and j < i)]
@@ -251,7 +252,9 @@ def centerclip(x, t, cells, frames, count, first_of):
 
 def vflowopt(q, k, h, w, heads, t, m, count):
     n, d = len(q), q.shape[1] // heads
-    maps = [torch.softmax(q[:, i * d : (i + 1) * d].double() @ k[:, i * d : (i + 1) * d].double().T / d**0.5, 1) for i in range(heads)]  # fmt: skip
+    q, k = q.double(), k.double()
+    cuts = [slice(i * d, (i + 1) * d) for i in range(heads)]
+    maps = [torch.softmax(q[:, c] @ k[:, c].T / d**0.5, 1) for c in cuts]
     attention = sum(maps) / heads
     received = attention.mean(0)
     global_ = [j for j in range(n) if received[j] > t * received.mean()] or list(range(n))
@@ -319,6 +322,6 @@ def still_segments(quiet, t, longest):
     result = 0
     for mask in range(2 ** (t - 1)):
         edges = [0, *(f for f in range(1, t) if mask >> (f - 1) & 1), t]
-        if all(b - a <= longest for a, b in zip(edges, edges[1:], strict=False)):
-            result = max(result, sum(saved(a, b) for a, b in zip(edges, edges[1:], strict=False) if b - a > 1))
+        if all(b - a <= longest for a, b in itertools.pairwise(edges)):
+            result = max(result, sum(saved(a, b) for a, b in itertools.pairwise(edges) if b - a > 1))
     return result

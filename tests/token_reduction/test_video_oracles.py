@@ -106,7 +106,7 @@ def test_holitom_joins_still_cells_over_time():
 
 
 def test_holitom_rows_are_means_of_disjoint_tokens():
-    x, _, _, tokens = video(7, seed=1)
+    _x, _, _, tokens = video(7, seed=1)
     reduction = build("holitom").reduce(tokens, Budget.count(12))
     dense = reduction.dense()
     assert bool(((dense > 0).sum(0) <= 1).all())

@@ -14,7 +14,7 @@ import torch
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.exact import fixed_mean, unit_rows
-from token_reduction.selectors.coverage import Columns, cosines, greedy
+from token_reduction.selectors.coverage import Cover, cosines, greedy
 from token_reduction.unit_reducer import UnitReducer
 
 
@@ -44,7 +44,5 @@ class Catp(UnitReducer):
         q = batch.units()[0]
         mean = unit_rows(fixed_mean(batch.text.to(q.device))[None])[0]
         bonus = self.weight * (q @ mean * 0.5 + 0.5)
-        bonus = (bonus * 2**23).round() / 2**23
-        columns = Columns.build(cosines(q, low=0.0), len(q), len(q), q.device)
-        order, gains = greedy(columns, count, bonus, 0.0)
+        order, gains = greedy(Cover(cosines(q, low=0.0), len(q), len(q), bonus, 0.0), count)
         return Selection(order.sort().values, scores=torch.zeros_like(bonus).index_put_((order,), gains))

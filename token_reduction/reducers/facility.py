@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 
 from token_reduction.batch import Batch, Selection
-from token_reduction.selectors.coverage import Columns, cosines, greedy
+from token_reduction.selectors.coverage import Cover, cosines, drawn, greedy
 from token_reduction.unit_reducer import UnitReducer
 
 
@@ -20,15 +20,15 @@ class Facility(UnitReducer):
     """Keep k tokens of each item by greedy facility location over cosines.
 
     Args:
-        sampler: "lazy" looks at exactly what greedy would take; "stochastic" draws (n/k) ln(1/accuracy) candidates a step.
+        sampler: "exact" takes what greedy takes; "stochastic" looks at (n/k) ln(1/accuracy) drawn candidates a step.
         accuracy: of the stochastic sampler.
         center: take the item's mean off every token before the cosine.
 
-    The matrix of cosines is held while it is at most 256 MiB, its columns are made when asked for beyond that: O(n D) memory.
+    The matrix of cosines is held while it is at most 256 MiB; beyond that columns are made when asked for, in O(n D) memory.
     Scores: the gain of a kept token when it was chosen, 0 for the others. Variants: one algorithm, all the same.
     """
 
-    sampler: str = "lazy"
+    sampler: str = "exact"
     accuracy: float = 0.1
     center: bool = False
     name: ClassVar[str] = "facility"
@@ -41,8 +41,10 @@ class Facility(UnitReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sampler not in ("lazy", "stochastic"):
-            raise ValueError(f"facility has sampler lazy or stochastic, got {self.sampler!r}; lazy is exact")
+        if self.sampler not in ("exact", "stochastic"):
+            raise ValueError(
+                f"facility has sampler exact or stochastic, got {self.sampler!r}; exact is greedy's own choice"
+            )
         if not 0 < self.accuracy < 1:
             raise ValueError(f"accuracy lies between 0 and 1, got {self.accuracy!r}; 0.1 is usual")
 
@@ -51,7 +53,7 @@ class Facility(UnitReducer):
 
     def select_one(self, batch: Batch, count: int) -> Selection:
         q = batch.units(center=self.center)[0]
-        columns = Columns.build(cosines(q), len(q), len(q), q.device)
-        chance = batch.generator(0) if self.sampler == "stochastic" else None
-        order, gains = greedy(columns, count, q.new_zeros(len(q)), -1.0, chance, self.accuracy)
+        cover = Cover(cosines(q), len(q), len(q), q.new_zeros(len(q)), -1.0)
+        stochastic = self.sampler == "stochastic"
+        order, gains = drawn(cover, count, batch.generator(0), self.accuracy) if stochastic else greedy(cover, count)
         return Selection(order.sort().values, scores=torch.zeros_like(q[:, 0]).index_put_((order,), gains))

@@ -16,10 +16,10 @@ import torch
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.exact import unit_rows
-from token_reduction.selectors.coverage import Columns, greedy
+from token_reduction.selectors.coverage import Cover, greedy
 from token_reduction.unit_reducer import UnitReducer
 
-_SCALE = 64.0  # entries of C are multiples of 2^-23: P and Q are shares, so they are brought near 1 first
+_BITS = 40  # Q's entries are near 1/n^2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +52,11 @@ class MMTok(UnitReducer):
         t_text = self.text_temperature or (0.01 if self.variant == "released" else 0.02)
         p = torch.softmax(z @ q.mT / t_text, -1) / len(z)
         total = torch.cat([((rows @ q.mT) / self.vision_temperature).logsumexp(-1) for rows in q.split(512)])
-        scale = _SCALE * len(q)
 
         def columns(js: torch.Tensor) -> torch.Tensor:
             share = torch.exp((q[js] @ q.mT) / self.vision_temperature - total) / len(q)
-            return torch.cat([p.mT[js], self.alpha * share], 1) * scale
+            return torch.cat([p.mT[js], self.alpha * share], 1)
 
-        made = Columns.build(columns, len(q), len(z) + len(q), q.device)
-        order, gains = greedy(made, count, q.new_zeros(len(q)), 0.0)
-        return Selection(order.sort().values, scores=torch.zeros_like(total).index_put_((order,), gains / scale))
+        cover = Cover(columns, len(z) + len(q), len(q), q.new_zeros(len(q)), 0.0, _BITS, torch.int64)
+        order, gains = greedy(cover, count)
+        return Selection(order.sort().values, scores=torch.zeros_like(total).index_put_((order,), gains))

@@ -1,13 +1,18 @@
-"""Greedy facility location: the rows that cover all others best, exact but lazy, or by drawn candidates.
+"""Greedy facility location: the candidates that cover all rows best.
 
-    F(Y) = sum_i max(0, max_{y in Y} C_iy) + sum_{y in Y} b_y
+    F(Y) = sum_i max(start, max_{y in Y} C_iy) + sum_{y in Y} b_y
     gain(j | Y) = sum_i max(C_ij - best_i, 0) + b_j,   best_i = max(start, max_{y in Y} C_iy)
 
-F is submodular: a gain never grows while Y does, so an old gain is an upper bound (Minoux, "Accelerated greedy algorithms",
-1978). Only the candidates whose old gain could still win are looked at again, a block at a time. `stochastic` looks at a drawn
-sample of (n/k) ln(1/eps) candidates a step instead (Mirzasoleiman et al., "Lazier than lazy greedy", AAAI 2015).
+Three ways to the same greedy choice, or near it:
 
-Entries of C are multiples of 2^-23 in float32 and gains are summed in float64, which is then exact in any order.
+    held      C fits in memory. A choice raises best_i for few rows i; only these change the gains:
+              gain_j -= sum_{changed i} max(C_ij - old_i, 0) - max(C_ij - best_i, 0).   Near n^2 log k entries in all.
+    lazy      C is made by columns when asked for. F is submodular, an old gain bounds a new one (Minoux, "Accelerated greedy
+              algorithms", 1978): only candidates whose old gain could still win are looked at again, a block at a time.
+    drawn     a sample of (n/k) ln(1/eps) candidates a step instead of all (Mirzasoleiman et al., "Lazier than lazy greedy",
+              AAAI 2015): the expected F is at least (1 - 1/e - eps) of the best.
+
+Entries are rounded to whole multiples of 2^-bits and added as integers: exact in any order, ties go to the lowest index.
 """
 
 from __future__ import annotations
@@ -19,104 +24,156 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MATRIX_BYTES = 2**28
-_GRAIN = 2.0**23
+HELD_BYTES = 2**28
 _BLOCK = 64
+_GONE = torch.iinfo(torch.int64).min
+
+Made = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Columns:
-    """C by columns: `of(js)` gives (len(js), rows) float32, kept whole while it is small enough."""
+class Cover:
+    """C (rows x candidates).
 
-    make: Callable[[Tensor], Tensor]
-    count: int
-    rows: int
-    matrix: Tensor | None
-
-    @classmethod
-    def build(cls, make: Callable[[Tensor], Tensor], count: int, rows: int, device: torch.device) -> Columns:
-        """make(js): (m, rows) float64 entries, at most 128 in size."""
-        if 4 * count * rows > MATRIX_BYTES:
-            return cls(make, count, rows, None)
-        parts = torch.arange(count, device=device).split(512)
-        return cls(make, count, rows, torch.cat([_grained(make(part)) for part in parts]))
-
-    def of(self, js: Tensor) -> Tensor:
-        return _grained(self.make(js)) if self.matrix is None else self.matrix[js]
-
-
-def cosines(q: Tensor, low: float = -1.0) -> Callable[[Tensor], Tensor]:
-    """Columns of cosines of exact unit rows (n, D); low 0 rescales them to 0..1."""
-    scale, shift = (1.0, 0.0) if low < 0 else (0.5, 0.5)
-    return lambda js: (q[js] @ q.mT) * scale + shift
-
-
-def greedy(columns: Columns, count: int, bonus: Tensor, start: float, generator: torch.Generator | None = None,
-           accuracy: float = 0.1) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Indices (count,) in the order of choice and their gains; ties go to the lowest index.
-
-    Args:
-        bonus: (n,) float64 worth of each candidate by itself.
-        start: what an uncovered row is worth.
-        generator: given, candidates are drawn: the expected value is at least (1 - 1/e - accuracy) of the best.
+    Attributes:
+        columns: js (m,) -> C[:, js] transposed, (m, rows) float64, at most 1 in size.
+        rows, count: rows to be covered, candidates.
+        bonus: (count,) float64: worth of each candidate by itself.
+        start: what an uncovered row is worth, at most every entry.
+        bits, dtype: entries are multiples of 2^-bits; int32 holds 29 bits, int64 40 and more.
     """
-    if generator is not None:
-        return _stochastic(columns, count, bonus, start, generator, accuracy)
-    best = torch.full((columns.rows,), start, dtype=torch.float32, device=bonus.device)
-    bound = _all_gains(columns, best, bonus)
-    fresh = torch.zeros(columns.count, dtype=torch.int64, device=bonus.device)
-    chosen, gains = [], []
-    for step in range(count):
-        pick = _settle(columns, best, bonus, bound, fresh, step)
+
+    columns: Made
+    rows: int
+    count: int
+    bonus: Tensor
+    start: float
+    bits: int = 29
+    dtype: torch.dtype = torch.int32
+
+    def whole(self, values: Tensor) -> Tensor:
+        """Multiples of 2^-bits, int64."""
+        return (values * 2.0**self.bits).round_().to(torch.int64)
+
+    def take(self, js: Tensor) -> Tensor:
+        """(m, rows) entries of some columns."""
+        return (self.columns(js) * 2.0**self.bits).round_().to(self.dtype)
+
+    def held(self) -> Tensor:
+        """(rows, count), all of C."""
+        matrix = torch.empty((self.rows, self.count), dtype=self.dtype, device=self.bonus.device)
+        for js in torch.arange(self.count, device=matrix.device).split(512):
+            matrix[:, js[0] : js[-1] + 1] = self.take(js).mT
+        return matrix
+
+    def uncovered(self) -> Tensor:
+        """(rows,) best_i before any choice."""
+        first = round(self.start * 2.0**self.bits)
+        return torch.full((self.rows,), first, dtype=self.dtype, device=self.bonus.device)
+
+    def result(self, chosen: list[int], gains: list[int]) -> tuple[Tensor, Tensor]:
+        """Candidates and gains as tensors, gains in the caller's unit."""
+        device = self.bonus.device
+        worth = torch.tensor(gains, dtype=torch.float64, device=device) / 2.0**self.bits
+        return torch.tensor(chosen, device=device), worth
+
+
+def cosines(q: Tensor, low: float = -1.0) -> Made:
+    """Columns of cosines of exact unit rows (n, D); low 0 rescales them to 0..1.
+
+    A row's cosine with itself is 1 outright: two tokens that are each other's nearest tie as candidates, and the rounding of
+    unit rows must not decide between them.
+    """
+    scale, shift = (1.0, 0.0) if low < 0 else (0.5, 0.5)
+    alone = q.any(1).to(q.dtype)
+
+    def columns(js: Tensor) -> Tensor:
+        entries = q[js] @ q.mT
+        entries[torch.arange(len(js), device=js.device), js] = alone[js]
+        return entries * scale + shift
+
+    return columns
+
+
+def greedy(cover: Cover, count: int, held_bytes: int = HELD_BYTES) -> tuple[Tensor, Tensor]:
+    """Candidates (count,) in the order of choice and their gains."""
+    fits = cover.dtype.itemsize * cover.rows * cover.count <= held_bytes
+    return cover.result(*(_held if fits else _lazy)(cover, count))
+
+
+def _held(cover: Cover, count: int) -> tuple[list[int], list[int]]:
+    matrix, best = cover.held(), cover.uncovered()
+    gain = cover.whole(cover.bonus)
+    for part in matrix.split(_BLOCK):
+        gain += (part - best[0]).sum(0)
+    chosen: list[int] = []
+    gains: list[int] = []
+    for _ in range(count):
+        pick = int(gain.argmax())
         chosen.append(pick)
-        gains.append(float(bound[pick]))
-        best = torch.maximum(best, columns.of(torch.tensor([pick], device=best.device))[0])
-        bound[pick] = -math.inf
-    return torch.tensor(chosen, device=bonus.device), torch.tensor(gains, dtype=torch.float64, device=bonus.device)
+        gains.append(int(gain[pick]))
+        column = matrix[:, pick]
+        changed = (column > best).nonzero()[:, 0]
+        for rows in changed.split(_BLOCK):
+            entries, old, new = matrix[rows], best[rows, None], column[rows, None]
+            # max(C - old, 0) - max(C - new, 0) is C - old held between 0 and new - old.
+            gain -= entries.sub_(old).clamp_(min=0).minimum(new - old).sum(0)
+        best[changed] = column[changed]
+        gain[pick] = _GONE
+    return chosen, gains
 
 
-def _settle(columns: Columns, best: Tensor, bonus: Tensor, bound: Tensor, fresh: Tensor, step: int) -> int:
+def _lazy(cover: Cover, count: int) -> tuple[list[int], list[int]]:
+    best, device = cover.uncovered(), cover.bonus.device
+    parts = torch.arange(cover.count, device=device).split(_BLOCK)
+    bonus = cover.whole(cover.bonus)
+    bound = torch.cat([_gains(cover.take(js), best) for js in parts]) + bonus
+    fresh = torch.zeros(cover.count, dtype=torch.int64, device=device)
+    chosen: list[int] = []
+    gains: list[int] = []
+    for step in range(count):
+        pick = _settle(cover, best, bonus, bound, fresh, step)
+        chosen.append(pick)
+        gains.append(int(bound[pick]))
+        best = torch.maximum(best, cover.take(torch.tensor([pick], device=device))[0])
+        bound[pick] = _GONE
+    return chosen, gains
+
+
+def _settle(cover: Cover, best: Tensor, bonus: Tensor, bound: Tensor, fresh: Tensor, step: int) -> int:
     """The candidate with the largest gain now: look again at the highest bounds until a fresh one is on top."""
     size = 4
     while True:
         top = int(bound.argmax())
         if fresh[top] == step:
             return top
-        stale = torch.where(fresh == step, -math.inf, bound)
-        block = stale.topk(min(size, columns.count)).indices
-        block = block[stale[block] > -math.inf]
-        bound[block] = _gains(columns.of(block), best) + bonus[block]
+        stale = torch.where(fresh == step, _GONE, bound)
+        block = stale.topk(min(size, cover.count)).indices
+        block = block[stale[block] > _GONE]
+        bound[block] = _gains(cover.take(block), best) + bonus[block]
         fresh[block] = step
         size = min(2 * size, _BLOCK)
 
 
-def _stochastic(columns: Columns, count: int, bonus: Tensor, start: float, generator: torch.Generator,
-                accuracy: float) -> tuple[Tensor, Tensor]:  # fmt: skip
-    size = math.ceil(columns.count / count * math.log(1 / accuracy))
-    best = torch.full((columns.rows,), start, dtype=torch.float32, device=bonus.device)
-    free = torch.arange(columns.count)
-    chosen, gains = [], []
+def drawn(cover: Cover, count: int, generator: torch.Generator, accuracy: float) -> tuple[Tensor, Tensor]:
+    """As `greedy`, among (n/k) ln(1/accuracy) drawn candidates a step."""
+    size = math.ceil(cover.count / count * math.log(1 / accuracy))
+    best, bonus, device = cover.uncovered(), cover.whole(cover.bonus), cover.bonus.device
+    free = torch.arange(cover.count)
+    chosen: list[int] = []
+    gains: list[int] = []
     for _ in range(count):
-        drawn = torch.randperm(free.numel(), generator=generator)[:size].sort().values
-        js = free[drawn].to(best.device)
-        entries = columns.of(js)
+        sample = torch.randperm(free.numel(), generator=generator)[:size].sort().values
+        js = free[sample].to(device)
+        entries = cover.take(js)
         gain = _gains(entries, best) + bonus[js]
         at = int(gain.argmax())
         chosen.append(int(js[at]))
-        gains.append(float(gain[at]))
+        gains.append(int(gain[at]))
         best = torch.maximum(best, entries[at])
         free = free[free != chosen[-1]]
-    return torch.tensor(chosen, device=bonus.device), torch.tensor(gains, dtype=torch.float64, device=bonus.device)
-
-
-def _all_gains(columns: Columns, best: Tensor, bonus: Tensor) -> Tensor:
-    parts = torch.arange(columns.count, device=best.device).split(_BLOCK)
-    return torch.cat([_gains(columns.of(part), best) for part in parts]) + bonus
+    return cover.result(chosen, gains)
 
 
 def _gains(entries: Tensor, best: Tensor) -> Tensor:
-    return (entries - best).clamp_(min=0).sum(1, dtype=torch.float64)
-
-
-def _grained(values: Tensor) -> Tensor:
-    return (values * _GRAIN).round_().div_(_GRAIN).float()
+    return (entries - best).clamp_(min=0).sum(1)
