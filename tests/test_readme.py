@@ -19,6 +19,13 @@ def test_the_example_prints_what_the_readme_says() -> None:
     assert said and shown.stdout.splitlines() == said
 
 
+def test_the_guide_runs_from_top_to_bottom_and_prints_what_it_says() -> None:
+    blocks = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "attention.md").read_text(), re.S))
+    said = re.findall(r"print\(.*#\s*(.+)$", blocks, re.M)
+    shown = subprocess.run([sys.executable, "-c", blocks], capture_output=True, text=True, check=True)
+    assert len(said) > 4 and shown.stdout.splitlines() == said
+
+
 def test_the_test_command_of_the_readme_is_what_ci_runs() -> None:
     assert "make test" in (ROOT / "README.md").read_text()
     assert (ROOT / ".ci" / "run").read_text().rstrip().endswith("make test")

@@ -64,7 +64,9 @@ def attention(
         softcap: scores become softcap * tanh(scores / softcap).
         sinks: (Hq,), the logit of one virtual key of value 0 per head.
         dropout: 0; anything above is refused, because no two schedules would drop the same weights.
-        kernel: "auto", or the name of one (see `tokenring.kernels`); `tokenring.trace` says which ran.
+        kernel: "auto", "reference", on CPUs "cpu_flash", on GPUs "cuda_sdpa" or "flash_attn" ("flash_attn2", 3, 4 for one
+            version); `tokenring.trace` says which ran. On GPUs gradients repeat bit for bit only under
+            `torch.use_deterministic_algorithms(True)`.
         return_lse: also return lse.
 
     Returns:
