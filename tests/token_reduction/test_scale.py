@@ -94,7 +94,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     for n in ("4096", "8192"):
         done = subprocess.run([sys.executable, "-c", code, n], capture_output=True, text=True, check=True)
         used.append(int(done.stdout))
-    assert used[1] < 200_000  # KiB
+    assert used[1] < 100_000  # KiB
     assert used[1] < 3 * max(used[0], 30_000)
 
 

@@ -165,12 +165,11 @@ def drawn(cover: Cover, count: int, generator: torch.Generator, accuracy: float)
     for _ in range(count):
         sample = torch.randperm(free.numel(), generator=generator)[:size].sort().values
         js = free[sample].to(device)
-        entries = cover.take(js)
-        gain = _gains(entries, best) + bonus[js]
+        gain = torch.cat([_gains(cover.take(part), best) for part in js.split(_BLOCK)]) + bonus[js]
         at = int(gain.argmax())
         chosen.append(int(js[at]))
         gains.append(int(gain[at]))
-        best = torch.maximum(best, entries[at])
+        best = torch.maximum(best, cover.take(js[at : at + 1])[0])
         free = free[free != chosen[-1]]
     return cover.result(chosen, gains)
 
