@@ -1,21 +1,10 @@
-"""Explicit package list; metadata and lint settings live in pyproject.toml."""
+"""Which packages there are; metadata and lint settings live in pyproject.toml."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
-PACKAGES = [
-    "tokenring",
-    "tokenring.links",
-    "tokenring.schedules",
-    "tokenring.simulation",
-    "tokenring.kernels",
-    "tokenring.integrations",
-    "moe",
-    "sparse_attn",
-    "token_reduction",
-    "token_reduction.reducers",
-    "launch",
-    "launch.engines",
-    "launch.models",
-]
+NAMES = ("tokenring", "moe", "sparse_attn", "token_reduction", "launch")
 
-setup(packages=PACKAGES, package_data={name: ["py.typed"] for name in PACKAGES if "." not in name})
+setup(
+    packages=find_packages(include=[pattern for name in NAMES for pattern in (name, f"{name}.*")]),
+    package_data={name: ["py.typed"] for name in NAMES},
+)
