@@ -18,12 +18,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby, pairwise
 from numbers import Integral
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenring.runs import ascending, run_tiles
+from tokenring.runs import ascending, cell_tiles
 from tokenring.segments import Segment, Tile, fuse, join
 
 END = 1 << 62
@@ -219,18 +218,11 @@ class Mask:
         q_row = 0
         for run in join(q):
             for cell in self.over(run.start, run.last):
-                first, last = run.inside(cell.q_start, cell.q_stop)
-                if first < last:
-                    tiles += _cell_tiles(run.cut(first, last), q_row + first, groups, cell)
+                rows = run.inside(cell.q_start, cell.q_stop)
+                if rows[0] < rows[1]:
+                    tiles += cell_tiles(run, q_row, rows, groups, cell)
             q_row += run.count
         return fuse(tiles)
-
-
-def _cell_tiles(run: Segment, q_row: int, groups: list[tuple[Any, int]], cell: Tile) -> Iterator[Tile]:
-    for group, k_row in groups:
-        for part, row in group.inside(cell.k_start, cell.k_stop):
-            for tile in run_tiles(run, part, cell.lower, cell.upper):
-                yield tile.shift(q_row, k_row + row).of(cell.batch)
 
 
 def _q_start(cell: Tile) -> int:

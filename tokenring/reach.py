@@ -13,9 +13,9 @@ from functools import lru_cache
 from itertools import accumulate
 
 from tokenring.layout import Layout
-from tokenring.mask import END
+from tokenring.mask import END, Mask
 from tokenring.problem import Problem
-from tokenring.segments import Range, Segment, Tile, union
+from tokenring.segments import Range, Tile, union
 
 Span = tuple[int, int, int, int]
 """A run of rows as (first row, its position, the last row's position, stride)."""
@@ -87,13 +87,9 @@ class Reach:
 
     def __init__(self, problem: Problem, what: str) -> None:
         self.layout = problem.layout("kv" if what == "q" else "q")
-        cells = [_turned(cell) if what == "q" else cell for cell in problem.mask.cells]
-        self.exact = _widest_step(self.layout.runs) <= _narrowest(cells)
+        self.cells, self.starts, self.stops, narrowest = _cells(problem.mask, what == "q")
+        self.exact = _widest_step(self.layout) <= narrowest
         """Whether ranges say it all: no query's keys lie apart from the next one's in its run."""
-        self.cells = sorted(cells, key=lambda cell: cell.q_start)
-        """Rows of the cells: positions of the other kind; keys: those of `what`."""
-        self.starts = [cell.q_start for cell in self.cells]
-        self.stops = list(accumulate((cell.q_stop for cell in self.cells), max))
         self.known: dict[Range, Positions] = {}
 
     def by(self, first: int, stop: int) -> Positions:
@@ -137,19 +133,25 @@ def positions_wanted(problem: Problem, what: str, ranks: range) -> Positions:
     return Positions(r for rank in ranks for r in table.by(rank % problem.world, rank % problem.world + 1).ranges())
 
 
+@lru_cache(maxsize=64)
+def _cells(mask: Mask, turned: bool) -> tuple[list[Tile], list[int], list[int], int]:
+    """Cells by first query, with queries and keys swapped if turned: they, where they start, how far those up to each reach,
+    and how many keys in a row a query of the narrowest two-sided one wants."""
+    cells = sorted(map(_turned, mask.cells) if turned else mask.cells, key=lambda cell: cell.q_start)
+    stops = list(accumulate((cell.q_stop for cell in cells), max))
+    narrowest = min((c.upper - c.lower + 1 for c in cells if None not in (c.lower, c.upper)), default=END)
+    return cells, [cell.q_start for cell in cells], stops, narrowest
+
+
 def _turned(cell: Tile) -> Tile:
     """The cell with queries and keys in each other's place."""
-    lower, upper = (None if x is None else -x for x in (cell.upper, cell.lower))
+    lower, upper = None if cell.upper is None else -cell.upper, None if cell.lower is None else -cell.lower
     return Tile(cell.k_start, cell.k_stop, cell.q_start, cell.q_stop, lower, upper, cell.batch)
 
 
-def _widest_step(runs: Iterable[Iterable[Segment]]) -> int:
-    return max((run.stride for rank in runs for run in rank if run.count > 1), default=0)
-
-
-def _narrowest(cells: Iterable[Tile]) -> int:
-    """How many keys in a row a query of the narrowest two-sided cell wants."""
-    return min((c.upper - c.lower + 1 for c in cells if None not in (c.lower, c.upper)), default=END)
+@lru_cache(maxsize=256)
+def _widest_step(layout: Layout) -> int:
+    return max((run.stride for rank in layout.runs for run in rank if run.count > 1), default=0)
 
 
 def _wanted(cell: Tile, first: int, last: int) -> Range:

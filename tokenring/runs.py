@@ -9,11 +9,11 @@ by side, and are found by bisection. Only the runs that the band cuts are looked
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
-from tokenring.segments import Segment, Tile, band_tile
+from tokenring.segments import Range, Segment, Tile, band_tile, row_band, trimmed
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,35 @@ def _ascending(runs: Sequence[Segment]) -> Ascending:
     return Ascending(tuple(runs), tuple(r.start for r in runs), tuple(r.last for r in runs), rows)
 
 
+def cell_tiles(q: Segment, q_row: int, rows: Range, groups: list[tuple[Ascending, int]], cell: Tile) -> Iterator[Tile]:
+    """The tiles of some rows of a query run, which starts at row `q_row`, under one cell of a mask.
+
+    groups: the key runs, each with the row that it starts at.
+    """
+    for group, k_row in groups:
+        inside = range(bisect_left(group.lasts, cell.k_start), bisect_left(group.firsts, cell.k_stop))
+        if len(inside) == 1 and group.runs[inside[0]].stride == q.stride:
+            k, k_start = group.runs[inside[0]], k_row + group.row[inside[0]]
+            keys = k.inside(cell.k_start, cell.k_stop)
+            low, high = row_band(q, k, cell.lower, cell.upper)
+            tile = trimmed(
+                q_row + rows[0],
+                q_row + rows[1],
+                k_start + keys[0],
+                k_start + keys[1],
+                None if low is None else low + k_start - q_row,
+                None if high is None else high + k_start - q_row,
+                cell.batch,
+            )
+            if tile is not None:
+                yield tile
+        elif inside:
+            part = q.cut(*rows)
+            for some, row in group.inside(cell.k_start, cell.k_stop):
+                for tile in run_tiles(part, some, cell.lower, cell.upper):
+                    yield tile.shift(q_row + rows[0], k_row + row).of(cell.batch)
+
+
 def run_tiles(q: Segment, k: Ascending, lower: int | None, upper: int | None) -> list[Tile]:
     """The tiles of one query run under lower <= key position - query position <= upper."""
     count = len(k.runs)
@@ -83,7 +112,7 @@ def _cut_tiles(q: Segment, k: Segment, lower: int | None, upper: int | None) -> 
     """Runs of different strides have no band: the one with fewer rows falls apart into single rows, which take any stride."""
     if q.count == 1 or k.count == 1 or q.stride == k.stride:
         stride = k.stride if q.count == 1 else q.stride
-        tile = band_tile(replace(q, stride=stride), replace(k, stride=stride), lower, upper)
+        tile = band_tile(Segment(q.start, q.count, stride), Segment(k.start, k.count, stride), lower, upper)
         return [tile] if tile else []
     tiles: list[Tile] = []
     for row in range(min(q.count, k.count)):

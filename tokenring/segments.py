@@ -12,11 +12,14 @@ on `key row - query row`. A `Tile` is such a rectangle of rows with a band: full
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 Range = tuple[int, int]
 """Half-open rows (start, stop)."""
+
+Bounds = tuple[int, int, int, int, int | None, int | None]
+"""Of a tile: query rows, key rows, and the band."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,24 +88,16 @@ class Tile:
         >>> Tile(0, 4, 2, 9, upper=0).trim()
         Tile(q_start=2, q_stop=4, k_start=2, k_stop=4, lower=None, upper=0, batch=None)
         """
-        q0, q1, k0, k1, lower, upper = self.q_start, self.q_stop, self.k_start, self.k_stop, self.lower, self.upper
-        for _ in range(2):
-            if upper is not None:
-                q0, k1 = max(q0, k0 - upper), min(k1, q1 + upper)
-            if lower is not None:
-                q1, k0 = min(q1, k1 - lower), max(k0, q0 + lower)
-        if q0 >= q1 or k0 >= k1 or (lower is not None and upper is not None and lower > upper):
-            return None
-        if upper is not None and k1 - 1 - q0 <= upper:
-            upper = None
-        if lower is not None and k0 - (q1 - 1) >= lower:
-            lower = None
-        return Tile(q0, q1, k0, k1, lower, upper, self.batch)
+        tight = _tight(self.q_start, self.q_stop, self.k_start, self.k_stop, self.lower, self.upper)
+        return None if tight is None else self if tight == self.bounds else Tile(*tight, self.batch)
+
+    @property
+    def bounds(self) -> Bounds:
+        """The rectangle and the band."""
+        return self.q_start, self.q_stop, self.k_start, self.k_stop, self.lower, self.upper
 
     def common(self, other: Tile) -> Tile | None:
         """The pairs of both; None if there are none."""
-        lowers = [t.lower for t in (self, other) if t.lower is not None]
-        uppers = [t.upper for t in (self, other) if t.upper is not None]
         batch = self.batch or other.batch
         if self.batch and other.batch:
             batch = (max(self.batch[0], other.batch[0]), min(self.batch[1], other.batch[1]))
@@ -112,9 +107,12 @@ class Tile:
         k_start, k_stop = max(self.k_start, other.k_start), min(self.k_stop, other.k_stop)
         if q_start >= q_stop or k_start >= k_stop:
             return None
-        return Tile(
-            q_start, q_stop, k_start, k_stop, max(lowers, default=None), min(uppers, default=None), batch
-        ).trim()
+        lower, upper = self.lower, self.upper
+        if lower is None or (other.lower is not None and other.lower > lower):
+            lower = other.lower
+        if upper is None or (other.upper is not None and other.upper < upper):
+            upper = other.upper
+        return trimmed(q_start, q_stop, k_start, k_stop, lower, upper, batch)
 
     def spans(self, rows: Range, keys: Range) -> bool:
         """Whether the tile's rectangle is just these rows and keys."""
@@ -122,7 +120,7 @@ class Tile:
 
     def of(self, batch: Range | None) -> Tile:
         """The same tile of some batch entries."""
-        return self if batch is None else replace(self, batch=batch)
+        return self if batch is None else Tile(*self.bounds, batch)
 
     def shift(self, q_rows: int, k_rows: int) -> Tile:
         """The same tile where its query rows lie `q_rows` further on and its key rows `k_rows`."""
@@ -138,13 +136,47 @@ class Tile:
         )
 
 
-def band_tile(q: Segment, k: Segment, lower: int | None, upper: int | None) -> Tile | None:
-    """The tile of two runs of one stride under lower <= key position - query position <= upper."""
+def trimmed(
+    q_start: int,
+    q_stop: int,
+    k_start: int,
+    k_stop: int,
+    lower: int | None,
+    upper: int | None,
+    batch: Range | None = None,
+) -> Tile | None:
+    """`Tile(...).trim()`."""
+    tight = _tight(q_start, q_stop, k_start, k_stop, lower, upper)
+    return None if tight is None else Tile(*tight, batch)
+
+
+def _tight(q0: int, q1: int, k0: int, k1: int, lower: int | None, upper: int | None) -> Bounds | None:
+    for _ in range(2):
+        if upper is not None:
+            q0, k1 = max(q0, k0 - upper), min(k1, q1 + upper)
+        if lower is not None:
+            q1, k0 = min(q1, k1 - lower), max(k0, q0 + lower)
+    if q0 >= q1 or k0 >= k1 or (lower is not None and upper is not None and lower > upper):
+        return None
+    if upper is not None and k1 - 1 - q0 <= upper:
+        upper = None
+    if lower is not None and k0 - (q1 - 1) >= lower:
+        lower = None
+    return q0, q1, k0, k1, lower, upper
+
+
+def row_band(q: Segment, k: Segment, lower: int | None, upper: int | None) -> tuple[int | None, int | None]:
+    """Bounds on key row - query row of two runs of one stride under lower <= key position - query position <= upper."""
     assert q.stride == k.stride
     offset = q.start - k.start
     low = None if lower is None else -((-(lower + offset)) // q.stride)
     high = None if upper is None else (upper + offset) // q.stride
-    return Tile(0, q.count, 0, k.count, low, high).trim()
+    return low, high
+
+
+def band_tile(q: Segment, k: Segment, lower: int | None, upper: int | None) -> Tile | None:
+    """The tile of two runs of one stride under lower <= key position - query position <= upper."""
+    return trimmed(0, q.count, 0, k.count, *row_band(q, k, lower, upper))
 
 
 def join(segments: Iterable[Segment]) -> list[Segment]:
@@ -159,7 +191,7 @@ def join(segments: Iterable[Segment]) -> list[Segment]:
             and last.stride == segment.stride
             and segment.start == last.start + last.count * last.stride
         ):
-            joined[-1] = replace(last, count=last.count + segment.count)
+            joined[-1] = Segment(last.start, last.count + segment.count, last.stride)
         else:
             joined.append(segment)
     return joined
@@ -191,26 +223,34 @@ def _joined(tiles: list[Tile], join_pair: Callable[[Tile, Tile], Tile | None]) -
 def _along_keys(a: Tile, b: Tile) -> Tile | None:
     if (a.q_start, a.q_stop, a.k_stop, a.batch) != (b.q_start, b.q_stop, b.k_start, b.batch):
         return None
-    for hull in _hulls(a, b):
-        if (replace(hull, k_stop=a.k_stop).trim(), replace(hull, k_start=b.k_start).trim()) == (a, b):
-            return hull
+    q, k_start, k_stop = (a.q_start, a.q_stop), a.k_start, b.k_stop
+    for lower, upper in _bands(a, b):
+        if (
+            _tight(*q, k_start, a.k_stop, lower, upper) == a.bounds
+            and _tight(*q, b.k_start, k_stop, lower, upper) == b.bounds
+        ):
+            return Tile(*q, k_start, k_stop, lower, upper, a.batch)
     return None
 
 
 def _along_queries(a: Tile, b: Tile) -> Tile | None:
     if (a.q_stop, a.batch) != (b.q_start, b.batch):
         return None
-    for hull in _hulls(a, b):
-        if (replace(hull, q_stop=a.q_stop).trim(), replace(hull, q_start=b.q_start).trim()) == (a, b):
-            return hull
+    k = min(a.k_start, b.k_start), max(a.k_stop, b.k_stop)
+    for lower, upper in _bands(a, b):
+        if (
+            _tight(a.q_start, a.q_stop, *k, lower, upper) == a.bounds
+            and _tight(b.q_start, b.q_stop, *k, lower, upper) == b.bounds
+        ):
+            return Tile(a.q_start, b.q_stop, *k, lower, upper, a.batch)
     return None
 
 
-def _hulls(a: Tile, b: Tile) -> list[Tile]:
-    """Every tile over both whose bounds are those of one of them."""
-    bounds = [(lower, upper) for lower in {a.lower, b.lower} for upper in {a.upper, b.upper}]
-    k_start, k_stop = min(a.k_start, b.k_start), max(a.k_stop, b.k_stop)
-    return [Tile(a.q_start, b.q_stop, k_start, k_stop, lower, upper, a.batch) for lower, upper in bounds]
+def _bands(a: Tile, b: Tile) -> Iterator[tuple[int | None, int | None]]:
+    """Every band whose bounds are those of one of them."""
+    for lower in (a.lower,) if a.lower == b.lower else (a.lower, b.lower):
+        for upper in (a.upper,) if a.upper == b.upper else (a.upper, b.upper):
+            yield lower, upper
 
 
 def union(ranges: Iterable[Range]) -> tuple[Range, ...]:
