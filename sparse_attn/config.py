@@ -17,7 +17,7 @@ class AnchorConfig:
     """How stripes are found, and for how many rows at a time.
 
     >>> AnchorConfig.paper()
-    AnchorConfig(theta=12.0, block=128, step=16, identify='pooled', share='query', dense='never', box=16, reach=0.5, scores='input')
+    AnchorConfig(theta=12.0, block=128, step=16, identify='pooled', share='query', dense='never', box=32, reach=0.25, scores='input')
     """
 
     theta: float | tuple[float, ...] = 2.0
@@ -33,9 +33,9 @@ class AnchorConfig:
     """"query": every query head selects for itself. "key": the query heads of one key head share the union."""
     dense: str = "auto"
     """"auto": plain attention where the cost model says that stripes would not pay. "never": always stripes."""
-    box: int = 16
+    box: int = 32
     """`rescore`: rows that share one box in the bound."""
-    reach: float = 0.5
+    reach: float = 0.25
     """`rescore`: how much of a box's half width the bound counts. 1 is a true bound and keeps most columns; less is a guess that
     lets fewer through to the exact test."""
     scores: str = "auto"

@@ -25,11 +25,6 @@ def _native_bfloat16() -> bool:
     return bool(told.get("avx512_bf16") or told.get("amx_bf16"))
 
 
-def grouped(q: Tensor, kv_heads: int) -> Tensor:
-    """(rows, Hq, D) -> (Hkv, Hq / Hkv * rows, D): the rows of the query heads of one key head, one head after another."""
-    return q.transpose(0, 1).reshape(kv_heads, -1, q.shape[2])
-
-
 def with_anchor(q: Tensor, anchor: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """(Hq, rows, D + 1 or D + 2): scaled queries (rows, Hq, D) and minus their anchors (Hq, rows)."""
     rows = q.transpose(0, 1).to(anchor.dtype) * scale

@@ -5,7 +5,8 @@
 
 A box holds `box` neighbouring rows of [scale * q, -lse]: mid and half are the middle and half width of its smallest and largest
 entries. With reach = 1 no row's score exceeds the bound, so nothing is lost; boxes of many dims are wide, and most columns
-would pass. A smaller reach is a guess. Either way a key that is huge for one query passes: the bound grows with the key.
+would pass. A smaller reach is a guess, which a key could escape that is huge for one query while its neighbours look away; so
+keys of more than twice the length (root mean square) of those in initial block and window are always tested exactly.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from torch import Tensor
 from sparse_attn.config import AnchorConfig
 from sparse_attn.geometry import Geometry, Group
 from sparse_attn.identify.products import column_maximum, test_dtype, with_anchor, with_ones
+
+LONG = 4.0
+"""Squared length, beside the near keys' mean, beyond which `rescore` tests a key whatever its bound."""
 
 
 class EveryFinder:
@@ -54,12 +58,13 @@ class RescoreFinder(EveryFinder):
         self, q: Tensor, k: Tensor, lse: Tensor, geometry: Geometry, config: AnchorConfig, scale: float
     ) -> None:
         super().__init__(q, k, lse, geometry, config, scale)
+        self.lengths = k.to(lse.dtype).square().sum(-1).transpose(1, 2)
         self.bounding = torch.cat([self.keys, self.keys.abs()], dim=-1)
 
     def kept(self, group: Group, entry: int) -> Tensor:
         """bool (Hq, candidates): see `Finder`."""
         rows, span = self.rows(group, entry), slice(*group.candidates)
-        kept = self._within_bound(rows, span, entry)
+        kept = self._within_bound(rows, group, entry)
         each = rows.shape[0] // self.keys.shape[1]
         for head, passed in enumerate(kept):
             columns = passed.nonzero()[:, 0]
@@ -70,12 +75,21 @@ class RescoreFinder(EveryFinder):
 
     def passed(self, group: Group, entry: int) -> Tensor:
         """bool (Hq, candidates): the columns that the bound lets through to the exact test."""
-        return self._within_bound(self.rows(group, entry), slice(*group.candidates), entry)
+        return self._within_bound(self.rows(group, entry), group, entry)
 
-    def _within_bound(self, rows: Tensor, span: slice, entry: int) -> Tensor:
+    def _within_bound(self, rows: Tensor, group: Group, entry: int) -> Tensor:
+        span = slice(*group.candidates)
         heads = boxes(rows, self.config.box, self.config.reach).unflatten(0, (self.keys.shape[1], -1))
         bounds = torch.cat([column_maximum(b, x) for b, x in zip(heads, self.bounding[entry, :, span])])
-        return bounds >= -self.theta[:, None]
+        passed = (bounds >= -self.theta[:, None]).unflatten(0, (self.keys.shape[1], -1))
+        lengths = self.lengths[entry]
+        limit = LONG * near_length(lengths, group)
+        return passed.logical_or_((lengths[:, span] > limit[:, None]).unsqueeze(1)).flatten(0, 1)
+
+
+def near_length(lengths: Tensor, group: Group) -> Tensor:
+    """(Hkv): mean squared length of the keys of initial block and window, out of those of all keys (Hkv, Sk)."""
+    return torch.cat([lengths[:, a:b] for a, b in group.prefix], 1).mean(1)
 
 
 def boxes(rows: Tensor, box: int, reach: float) -> Tensor:

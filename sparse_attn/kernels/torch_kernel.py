@@ -6,19 +6,16 @@ after another, so that a group gathers each chosen row once, both at a time; the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from sparse_attn.folding import ROWS_AT_ONCE, alike, fold, prefixes
 from sparse_attn.geometry import Geometry, Group
 from sparse_attn.kernels.blocks import Blocks, empty
 from sparse_attn.stripes import StripePlan, within
 from tokenring.merge import accumulator_dtype, merge_
-
-ROWS_AT_ONCE = 1 << 16
-"""Rows of one call over groups alike: bounds the copies of their prefixes, and keeps every core busy."""
 
 
 class TorchKernel:
@@ -30,12 +27,12 @@ class TorchKernel:
     def anchor(self, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, keep: Tensor | None) -> tuple[Tensor, Tensor]:
         """Exact attention of every row over its anchor region: out (B, S, Hq, Dv) and lse, in the accumulator's dtype."""
         out, lse = empty(q, v.shape[-1], accumulator_dtype(q.dtype))
-        for groups in alike(geometry):
+        for groups in alike(geometry, ROWS_AT_ONCE):
             rows = slice(groups[0].rows[0], groups[-1].rows[1])
             own_keys = slice(groups[0].diagonal, groups[-1].diagonal + groups[-1].count)
-            folded = [_fold(x, len(groups)) for x in (q[:, rows], k[:, own_keys], v[:, own_keys])]
+            folded = [fold(x, len(groups)) for x in (q[:, rows], k[:, own_keys], v[:, own_keys])]
             part_out, part_lse = self.blocks.attend(*folded, causal=True)
-            prefix = [_prefixes(x, groups) for x in (k, v)]
+            prefix = [prefixes(x, groups) for x in (k, v)]
             if groups[0].prefix:
                 before, before_lse = self.blocks.attend(folded[0], *prefix)
                 part_out = part_out.to(out.dtype)
@@ -73,19 +70,6 @@ class TorchKernel:
             merge_(out[:, rows], lse[:, :, rows], part_out, part_lse)
 
 
-def alike(geometry: Geometry) -> Iterator[list[Group]]:
-    """Runs of neighbouring groups of one document with as many rows and prefix keys: one call for all of them."""
-
-    def kind(group: Group) -> tuple[int, ...]:
-        return group.document, group.count, *(b - a for a, b in group.prefix)
-
-    for _, groups in groupby(geometry.groups, kind):
-        found = list(groups)
-        step = max(1, ROWS_AT_ONCE // found[0].count)
-        for first in range(0, len(found), step):
-            yield found[first : first + step]
-
-
 def heads_of(plan: StripePlan, place: int) -> tuple[int, slice, int]:
     """Batch entry, query heads and key head of a list of a group."""
     entry, head = divmod(place, plan.heads)
@@ -93,22 +77,6 @@ def heads_of(plan: StripePlan, place: int) -> tuple[int, slice, int]:
     if plan.share == "query":
         return entry, slice(head, head + 1), head // each
     return entry, slice(head * each, (head + 1) * each), head
-
-
-def _fold(x: Tensor, groups: int) -> Tensor:
-    """(B, groups * rows, H, D) -> (B * groups, rows, H, D)."""
-    return x.unflatten(1, (groups, -1)).flatten(0, 1)
-
-
-def _prefixes(x: Tensor, groups: Sequence[Group]) -> Tensor:
-    """The prefixes of groups alike: (B * groups, keys, H, D)."""
-    if not groups[0].prefix:
-        return x[:, :0]
-    if len(groups) == 1:
-        parts = [x[:, a:b] for a, b in groups[0].prefix]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-    each = torch.stack([torch.cat([x[:, a:b] for a, b in group.prefix], dim=1) for group in groups], dim=1)
-    return each.flatten(0, 1)
 
 
 def _gathered(rows: Tensor, columns: Tensor, dim: int) -> tuple[Tensor, Tensor]:
