@@ -6,13 +6,15 @@ from typing import Any
 
 from moe.dispatch.allgather import AllGather
 from moe.dispatch.alltoall import AllToAll
+from moe.dispatch.auto import Auto
 from moe.dispatch.base import Dispatched, Dispatcher, MoETraffic
 from moe.dispatch.dedup import Dedup
 from moe.dispatch.hierarchical import Hierarchical
+from tokenring.topology import Topology
 
 __all__ = ["DISPATCHERS", "Dispatched", "Dispatcher", "MoETraffic", "build_dispatcher"]
 
-DISPATCHERS = {kind.name: kind for kind in (AllGather, AllToAll, Dedup, Hierarchical)}
+DISPATCHERS = {kind.name: kind for kind in (AllGather, AllToAll, Dedup, Hierarchical, Auto)}
 
 
 def build_dispatcher(
@@ -22,15 +24,18 @@ def build_dispatcher(
     ep_group: Any = None,
     etp_group: Any = None,
     ranks_per_node: int | None = None,
+    topology: Topology | None = None,
     align: int = 1,
 ) -> Dispatcher:
     """A dispatcher by name. Collective over both groups the first time they are used.
 
     Args:
-        name: "allgather", "alltoall", "dedup", "hierarchical".
+        name: "allgather", "alltoall", "dedup", "hierarchical"; "auto": whichever of them is modelled to be the fastest.
         num_experts: E, over all ranks.
         ep_group, etp_group: process groups (or 1-D DeviceMeshes, or in-process groups); None: one rank.
-        ranks_per_node: consecutive ranks of the EP x ETP block (ETP fastest) that share a node; None: one node.
+        ranks_per_node: consecutive ranks of the EP x ETP block (ETP fastest) that share a node; None: one node. Only
+            "hierarchical" and "auto" send differently for it.
+        topology: links of the EP x ETP block, for "auto".
         align: see `Dispatcher`.
 
     >>> import torch
@@ -41,5 +46,11 @@ def build_dispatcher(
     """
     if name not in DISPATCHERS:
         raise ValueError(f"dispatcher is {name!r}; give one of {', '.join(DISPATCHERS)}")
-    options = {"ranks_per_node": ranks_per_node} if name == "hierarchical" else {}
+    options: dict[str, Any] = {}
+    if name in ("hierarchical", "auto"):
+        options["ranks_per_node"] = ranks_per_node
+    if name == "auto":
+        options["topology"] = topology
+    elif topology is not None:
+        raise ValueError(f"topology= is for dispatcher 'auto'; {name!r} sends the same over any links")
     return DISPATCHERS[name](num_experts=num_experts, ep_group=ep_group, etp_group=etp_group, align=align, **options)
