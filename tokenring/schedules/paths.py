@@ -31,7 +31,7 @@ def wanted(problem: Problem, what: str, owner: int, rank: int, half: int | None 
     half: only those among the first (0) or second (1) half of the owner's rows.
     """
     if half is not None:
-        return _among(wanted(problem, what, owner, rank), _half(problem, what, owner, half))
+        return among(wanted(problem, what, owner, rank), _half(problem, what, owner, half))
     table = reach(problem.places, what)
     if table.exact:
         return table.by(rank, rank + 1).rows(spans(problem.layout(what), owner))
@@ -58,12 +58,17 @@ def carried(
     size: ranks of a node; 1 where every rank is one.
     """
     if half is not None:
-        return _among(carried(problem, what, owner, way, hop), _half(problem, what, owner, half))
+        return among(carried(problem, what, owner, way, hop), _half(problem, what, owner, half))
     nodes = problem.world // size
     if reach(problem.places, what).exact:
         first = (owner // size + way * hop) % nodes
         return _walk(problem.places, what, way, first, size, False)[nodes - hop][owner % size]
-    return _still_wanted(problem.places, what, owner, way, size)[hop]
+    return all_carried(problem, what, owner, way, size)[hop]
+
+
+def all_carried(problem: Problem, what: str, owner: int, way: int, size: int = 1) -> tuple[Rows, ...]:
+    """`carried` of one owner for every hop."""
+    return _still_wanted(problem.places, what, owner, way, size)
 
 
 def reached(problem: Problem, what: str, owner: int, way: int, hop: int) -> Rows:
@@ -118,7 +123,8 @@ def _half(problem: Problem, what: str, owner: int, half: int) -> Range:
     return (0, rows // 2) if half == 0 else (rows // 2, rows)
 
 
-def _among(rows: Rows, only: Range) -> Rows:
+def among(rows: Rows, only: Range) -> Rows:
+    """Those of some rows that lie in a range."""
     return tuple((max(a, only[0]), min(b, only[1])) for a, b in rows if a < only[1] and b > only[0])
 
 
