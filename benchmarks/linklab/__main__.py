@@ -1,4 +1,4 @@
-"""The command: `python -m benchmarks.linklab raw | run | grid`."""
+"""The command: `python -m benchmarks.linklab raw | probe | run | grid`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from benchmarks.linklab.cells import Cell
 from benchmarks.linklab.crew import CrewError, hire
 from benchmarks.linklab.lab import LabError, build, require
 from benchmarks.linklab.measure import Result, measure
+from benchmarks.linklab.probing import probe, table
 from benchmarks.linklab.raw import link_rates, patterns
 from benchmarks.linklab.wiring import NAMES, wire
 
@@ -56,6 +57,15 @@ def raw(options: argparse.Namespace) -> None:
         report.save(options.out, "seconds of three patterns by plain sockets and by gloo", rows)
 
 
+def probes(options: argparse.Namespace) -> None:
+    """What `Topology.probe` finds from inside, and what choosing by it costs."""
+    wanted = itertools.product(_names(options.topology), _numbers(options.mbit))
+    rows = [probe(wire(name, options.ranks, mbit, options.inter_mbit), options.seconds) for name, mbit in wanted]
+    print(table(rows))
+    if options.out:
+        report.save(options.out, "topologies that the probe found in the lab", [asdict(row) for row in rows])
+
+
 def cells(options: argparse.Namespace) -> None:
     """Every schedule in every cell."""
     asked = itertools.product(
@@ -90,8 +100,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.linklab", description="Ranks on links whose rate is capped."
     )
-    commands = parser.add_subparsers(required=True, metavar="raw | run | grid")
-    kinds = (("raw", raw, ONE, 0.2, 5), ("run", cells, ONE, 0.4, 5), ("grid", cells, GRID, 0.3, 3))
+    commands = parser.add_subparsers(required=True, metavar="raw | probe | run | grid")
+    several = GRID | {"mbit": "40"}
+    kinds = (
+        ("raw", raw, ONE, 0.2, 5),
+        ("probe", probes, several, 2.0, 1),
+        ("run", cells, ONE, 0.4, 5),
+        ("grid", cells, GRID, 0.3, 3),
+    )
     for name, do, defaults, seconds, repeat in kinds:
         command = commands.add_parser(name, help=do.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         command.set_defaults(do=do)
@@ -103,8 +119,10 @@ def _parser() -> argparse.ArgumentParser:
             "--mbit", default=defaults["mbit"], help="Mbit/s of a link and direction; several by commas"
         )
         command.add_argument("--inter-mbit", type=float, help="of a node's uplink; a quarter of --mbit where not given")
-        command.add_argument("--repeat", type=int, default=repeat, help="timed rounds")
-        command.add_argument("--seconds", type=float, default=seconds, help="size: what the fastest has to take")
+        if do is not probes:
+            command.add_argument("--repeat", type=int, default=repeat, help="timed rounds")
+        size = "how long to probe" if do is probes else "size: what the fastest has to take"
+        command.add_argument("--seconds", type=float, default=seconds, help=size)
         command.add_argument("--out", type=Path, help="JSON file to write")
         if do is cells:
             command.add_argument("--gqa", default=defaults["gqa"], help="query heads per key head; several by commas")

@@ -14,6 +14,7 @@ from benchmarks.linklab import jobs
 from benchmarks.linklab.cells import Cell
 from benchmarks.linklab.crew import CrewError, hire
 from benchmarks.linklab.lab import LabError, build, sweep
+from benchmarks.linklab.probing import probe
 from benchmarks.linklab.raw import link_rates
 from benchmarks.linklab.wiring import wire
 
@@ -102,3 +103,9 @@ def test_rates_are_those_asked_for_also_after_retuning_and_a_failing_task_names_
             lab.retune(wire("switch", 2, 40))
         with pytest.raises(CrewError, match="rank 0: Traceback"):
             crew.run(jobs.forward, [], 1)
+
+
+def test_the_probe_finds_a_switch_from_inside_and_chooses_by_it_as_by_the_true_one() -> None:
+    found = probe(wire("switch", 3, 40), 1.0)
+    assert found.found == "switch" and found.rate_error < 0.5
+    assert found.choices == 16 and found.same >= 8 and found.worst < 1.2
