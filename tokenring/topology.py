@@ -169,9 +169,9 @@ class Topology:
     ) -> Topology:
         """Measure the links of a group and what computing costs on its ranks. Collective; one value on every rank.
 
-        See `tokenring.links.probe.probe`.
+        See `tokenring.probing.probe.probe`.
         """
-        from tokenring.links.probe import probe
+        from tokenring.probing.probe import probe
 
         return probe(group, seconds=seconds, timeout_seconds=timeout_seconds, compute=compute)
 

@@ -14,9 +14,9 @@ import pytest
 
 import tokenring as tr
 from tests.pool import Pool
-from tokenring.links.fit import Observation, fit
-from tokenring.links.patterns import patterns
-from tokenring.links.probe import probe
+from tokenring.probing.fit import Observation, fit
+from tokenring.probing.patterns import patterns
+from tokenring.probing.probe import probe
 from tokenring.topology import Topology
 from tokenring.transport import TransportError, connect
 

@@ -1,4 +1,4 @@
-"""Measures a topology: sends the patterns of `tokenring.links.patterns` over a group's own links and fits every kind to the times.
+"""Measures a topology: sends the patterns of `tokenring.probing.patterns` over a group's own links and fits every kind to the times.
 
 A byte's time is the slope between two sizes, (t(3n) - t(n)) / 2n, so latency and bursts that a shaper lets through at line
 rate drop out. n grows until a message takes long enough to time and time grows in step with size. All ranks see the same
@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenring.links.calibrate import measure_costs, operation_us, synchronize
 from tokenring.links.costs import Costs, check_rate
-from tokenring.links.fit import Messages, Observation, fit
-from tokenring.links.patterns import patterns
+from tokenring.probing.calibrate import measure_costs, operation_us, synchronize
+from tokenring.probing.fit import Messages, Observation, fit
+from tokenring.probing.patterns import patterns
 from tokenring.topology import Topology
 from tokenring.transport import Transport, connect
 

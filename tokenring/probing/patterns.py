@@ -10,7 +10,7 @@ pairs     disjoint pairs, then the other way round            every link by itse
 
 from __future__ import annotations
 
-from tokenring.links.fit import Messages
+from tokenring.probing.fit import Messages
 
 LARGE = 64
 """Worlds above it get fewer messages: what is measured there says as much, and takes as long, with a few."""
