@@ -47,18 +47,17 @@ def test_cost(geometry: Geometry, config: AnchorConfig, passed: float) -> float:
 
 
 def groups_for(length: int) -> tuple[int, int]:
-    """(block, step) for a sequence: a group is about a 32nd of it, from 128 rows to 1024.
+    """(block, step) for a sequence: eight blocks, about 4 sqrt(length) rows, 128 to 1024.
 
     Short groups choose better columns and keep the anchor region small; long ones make taller products and fewer calls.
 
     >>> groups_for(4096), groups_for(16384), groups_for(131072)
-    ((64, 2), (64, 8), (128, 8))
+    ((32, 8), (64, 8), (128, 8))
     """
     rows = 128
-    while rows < 1024 and rows * 2 <= length // 32:
+    while rows < 1024 and rows * 2 <= 4 * length**0.5:
         rows *= 2
-    block = 128 if rows > 512 else 64
-    return block, rows // block
+    return rows // 8, 8
 
 
 def resolved(config: AnchorConfig, length: int) -> tuple[int, int]:

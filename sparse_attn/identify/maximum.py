@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparse_attn.folding import alike, fold, prefixes
 from sparse_attn.geometry import Geometry
+from sparse_attn.identify.products import test_dtype
 from sparse_attn.stripes import within
 from tokenring.merge import accumulator_dtype
 
@@ -16,22 +17,24 @@ PRODUCTS = 1 << 20
 """Products of one matrix product: they stay in a cache until their maximum is taken."""
 
 
-def row_maxima(q: Tensor, k: Tensor, geometry: Geometry, scale: float, keep: Tensor | None) -> Tensor:
+def row_maxima(q: Tensor, k: Tensor, geometry: Geometry, scale: float, keep: Tensor | None, scores: str) -> Tensor:
     """(B, Hq, Sq): max over the anchor region of scale * q_i . k_j, in the accumulator's dtype."""
+    dtype = test_dtype(q, scores)
+    k = k.to(dtype)
     best = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=accumulator_dtype(q.dtype))
     per_row = q.shape[0] * q.shape[2] * (geometry.rows + geometry.initial + geometry.window)
     for groups in alike(geometry, max(1, PRODUCTS // max(1, per_row))):
         rows = slice(groups[0].rows[0], groups[-1].rows[1])
         own = fold(k[:, groups[0].diagonal : groups[-1].diagonal + groups[-1].count], len(groups))
-        queries = fold(q[:, rows], len(groups)) * scale
+        queries = fold((q[:, rows] * scale).to(dtype), len(groups))
         found = _causal(queries, own).to(best.dtype)
         if groups[0].prefix:
-            found = torch.maximum(found, _products(queries, prefixes(k, groups)).amax(-1))
+            found = torch.maximum(found, _products(queries, prefixes(k, groups)).amax(-1).to(best.dtype))
         for place, group in enumerate(groups):
             kept = k[:, :0] if keep is None else k.index_select(1, within(keep, group.candidates))
             if kept.shape[1]:
                 here = slice(place, None, len(groups))
-                found[here] = torch.maximum(found[here], _products(queries[here], kept).amax(-1))
+                found[here] = torch.maximum(found[here], _products(queries[here], kept).amax(-1).to(best.dtype))
         found = found.flatten(1, 2).unflatten(0, (-1, len(groups)))
         best[:, :, rows] = found.transpose(1, 2).flatten(2)
     return best

@@ -30,7 +30,7 @@ class MeanFinder:
         keep: Tensor | None,
     ) -> None:
         self.q, self.k, self.geometry, self.scale = q, k, geometry, scale
-        self.anchor = row_maxima(q, k, geometry, scale, keep) if config.identify == "pooled" else lse
+        self.anchor = row_maxima(q, k, geometry, scale, keep, config.scores) if config.identify == "pooled" else lse
         self.theta = lse.new_tensor(config.thetas(q.shape[2]))[:, None]
 
     def kept(self, group: Group, entry: int) -> Tensor:
