@@ -1,0 +1,309 @@
+"""Policies inside the model: the masked full run is the oracle of prefill and decoding; full attention maps that of probes."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from tests.token_reduction.inside_cases import DIM, FFN, HEADS, WIDTH, decoder, full_map, masked_run, prompt
+from token_reduction.inside import (
+    TEXT,
+    VISUAL,
+    CatpStage2,
+    Form,
+    Mod,
+    ModRouters,
+    Naavit,
+    Probe,
+    Scheduled,
+    ToDREStage2,
+    VisionDropStages,
+    VisualProjectors,
+    Yopo,
+    adatoken,
+    aim,
+    decode,
+    fastv,
+    prefill,
+    psigmoid,
+    pyramiddrop,
+    sparsevlm,
+    vflowopt,
+    vote_heads,
+    vtw,
+)
+from tokenring import run_local
+from tokenring.transport import connect
+
+POLICIES = [
+    fastv(1, 0.25),
+    pyramiddrop(6),
+    sparsevlm(0.3, (1, 3), recycle=0.5),
+    aim(6, start=2, length=3),
+    vtw(3),
+    vflowopt(0.5, 0.5, (2, 4)),
+    adatoken({0: 0.75, 2: 0.5, 4: 0.125}),
+    psigmoid(6, 1.5, 2.5, floor=0.1),
+    ToDREStage2(layer=3, tau=2.0),
+    ToDREStage2(layer=3, tau=0.0),
+    VisionDropStages(stages={1: (8, 3), 3: (4, 2)}),
+    CatpStage2(layer=2, keep=0.5),
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p.name)
+def test_prefill_and_decoding_after_reduction_equal_the_masked_full_run(policy):
+    blocks, p = decoder(), prompt()
+    steps = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    state = prefill(blocks, p, policy)
+    alive = [rows.clone() for rows in state.alive]
+    replaced = {}
+    for layer, decision in state.decisions.items():
+        if decision.matrix is not None:
+            visual = alive[layer][p.kinds[alive[layer]] == VISUAL]
+            replaced[layer] = (visual[decision.keep], decision.matrix, visual)
+    decoded = torch.cat([decode(blocks, state, steps[i : i + 1]) for i in range(3)])
+    expected = masked_run(blocks, p.hidden, p.positions, alive, replaced, steps)
+    torch.testing.assert_close(state.hidden, expected[: len(p.kinds)][state.rows], atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(decoded, expected[len(p.kinds) :], atol=1e-9, rtol=1e-9)
+    text = (p.kinds != VISUAL).nonzero()[:, 0]
+    for before, after in pairwise([*alive, state.rows]):
+        assert set(after.tolist()) <= set(before.tolist())
+        assert set(text.tolist()) <= set(after.tolist())  # text never leaves
+    for cache, rows in zip(state.caches, alive, strict=True):
+        assert cache.rows.tolist() == [*rows.tolist(), *range(len(p.kinds), len(p.kinds) + 3)]
+        assert cache.k.shape[0] == cache.v.shape[0] == len(cache.rows)
+    if policy.name != "todre_stage2" or policy.tau > 0:
+        assert len(state.rows) < len(p.kinds)
+
+
+def visual_counts(policy, layers=6, **options):
+    p = prompt(**options)
+    state = prefill(decoder(layers), p, policy)
+    return [int((p.kinds[rows] == VISUAL).sum()) for rows in [*state.alive, state.rows]]
+
+
+def test_schedules_keep_the_published_counts():
+    assert visual_counts(fastv(2, 0.25)) == [24, 24, 24, 6, 6, 6, 6]
+    assert visual_counts(pyramiddrop(8), 8) == [24, 24, 12, 12, 6, 6, 3, 3, 3]
+    assert visual_counts(vtw(4)) == [24, 24, 24, 24, 0, 0, 0]
+    assert visual_counts(VisionDropStages(stages={1: (8, 3), 3: (4, 2)})) == [24, 24, 11, 11, 6, 6, 6]
+    assert visual_counts(Scheduled(schedule={0: 7, 3: 0.0})) == [24, 7, 7, 7, 0, 0, 0]
+    assert aim(28).mean_share(28) == pytest.approx(0.625)
+    assert visual_counts(aim(6, start=2, length=4)) == [24, 24, 18, 12, 6, 0, 0]
+    stages = [48, 35, 26, 19]  # VisionDrop: 30+5, 22+4, 16+3 after 8, 16, 24 of 32 layers
+    assert sum(stages) / 4 == 32 == sum(sum(s) for s in [(42, 6), *VisionDropStages().stages.values()]) / 4
+
+
+def test_a_plan_is_json_and_a_wrong_one_is_refused():
+    for policy in POLICIES[:8]:
+        again = Scheduled.from_json(policy.to_json())
+        assert again == policy and hash(again) == hash(policy)
+    for text, message in (("{", "no plan"), ('{"layers": 3}', "no plan"), ('{"scorer": "x"}', "unknown scorer")):
+        with pytest.raises(ValueError, match=message):
+            Scheduled.from_json(text)
+    with pytest.raises(ValueError, match="from 0"):
+        Scheduled(schedule={3: -0.1})
+
+
+def everything(seed: int = 0):
+    """One layer's maps by the textbook, and its probe."""
+    block, p = decoder(1)[0], prompt(seed=seed)
+    rows = torch.arange(len(p.kinds))
+    a, _, v = full_map(block, p.hidden, p.positions, rows[:, None] >= rows)
+    q, k, _ = block.project(p.hidden, p.positions)
+    logits = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(2, 1)) / DIM**0.5
+    lse = logits.masked_fill(rows[:, None] < rows, -torch.inf).logsumexp(-1)
+    return p, a, v, Probe(q, k, lse, rows, rows), logits
+
+
+def test_probes_equal_the_full_map():
+    p, a, _, probe, _ = everything()
+    text, visual = (p.kinds == TEXT).nonzero()[:, 0], p.kinds == VISUAL
+    torch.testing.assert_close(probe.received(), a.mean((0, 1)))
+    torch.testing.assert_close(probe.received(text), a[:, text].mean((0, 1)))
+    torch.testing.assert_close(probe.row(30), a[:, 30].mean(0))
+    torch.testing.assert_close(probe.shares(text, visual), a[:, text][..., visual].sum(-1))
+    assert probe.share(text, visual) == pytest.approx(float(a[:, text][..., visual].sum(-1).mean()))
+
+
+def test_pagerank_equals_power_iteration_over_the_full_map():
+    _, _, _, probe, logits = everything(3)
+    rows = torch.arange(logits.shape[1])
+    m = torch.softmax((logits / 0.1).masked_fill(rows[:, None] < rows, -torch.inf), -1)
+    d = torch.full((HEADS, 1, len(rows)), 1 / len(rows), dtype=torch.float64)
+    for _ in range(5):
+        d = d @ m
+    torch.testing.assert_close(probe.pagerank(), d[:, 0].square().mean(0).sqrt())
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_probes_on_several_ranks_equal_one(world):
+    p, _, _, whole, _ = everything(1)
+    owner = torch.randint(0, world, (len(p.kinds),), generator=torch.Generator().manual_seed(world))
+    owner[owner == 1] = 0  # a rank without a row
+    text, visual = (p.kinds == TEXT).nonzero()[:, 0], p.kinds == VISUAL
+
+    def work(group):
+        mine = (owner == group.rank()).nonzero()[:, 0]
+        probe = Probe(whole.q[mine], whole.k[mine], whole.lse[:, mine], mine, mine, transport=connect(group))
+        return mine, probe.received(), probe.received(text), probe.shares(text, visual[mine]), probe.pagerank()
+
+    for mine, received, from_text, shares, rank in run_local(world, work):
+        torch.testing.assert_close(received, whole.received()[mine])
+        torch.testing.assert_close(from_text, whole.received(text)[mine])
+        torch.testing.assert_close(shares, whole.shares(text, visual))
+        torch.testing.assert_close(rank, whole.pagerank()[mine])
+
+
+def first_layer(policy):
+    """What the policy keeps after layer 0, as rows of the prompt."""
+    p = prompt()
+    state = prefill(decoder(1), p, policy)
+    return p, [r for r in state.rows.tolist() if p.kinds[r] == VISUAL]
+
+
+def best(score, rows, count):
+    return sorted(sorted(rows, key=lambda r: (-float(score[r]), r))[:count])
+
+
+def test_scorers_keep_what_the_full_map_ranks_first():
+    p, a, v, _, _logits = everything()
+    visual = (p.kinds == VISUAL).nonzero()[:, 0].tolist()
+    text = (p.kinds == TEXT).nonzero()[:, 0]
+    last, mean = a[:, -1].mean(0), a[:, text].mean((0, 1))
+    looks = a[:, text][..., visual].sum(-1).mean(0)
+    raters = a[:, text[looks >= looks.mean()]].mean((0, 1))
+    norm = v[:, ::2].flatten(1).norm(dim=1)
+    for scorer, score in (
+        ("last_row", last),
+        ("raters", raters),
+        ("from_visual", a[:, visual].mean((0, 1))),
+        ("flow", mean * norm),
+        ("carried", p.importance),
+    ):
+        assert first_layer(Scheduled(schedule={0: 7}, scorer=scorer))[1] == best(score, visual, 7)
+
+
+def test_recycled_rows_join_their_nearest_kept_row():
+    p = prompt()
+    state = prefill(decoder(1), p, Scheduled(schedule={0: 6}, recycle=0.5))
+    matrix = state.decisions[0].matrix
+    assert matrix.shape == (6, 24)
+    assert int((matrix > 0).sum()) == 6 + 9  # half of the 18 that left
+    torch.testing.assert_close(matrix.sum(1), torch.ones(6, dtype=torch.float64))
+
+
+def test_visiondrop_dominant_rows_and_targets():
+    p, a, *_ = everything()
+    visual = (p.kinds == VISUAL).nonzero()[:, 0].tolist()
+    dominant = best(a[:, visual].mean((0, 1)), visual, 8)
+    others = [r for r in visual if r not in dominant]
+    targets = others[:: len(others) // 3][:3]
+    _, kept = first_layer(VisionDropStages(stages={0: (8, 3)}))
+    assert kept == sorted([*dominant, *targets])
+
+
+def test_todre_drops_all_exactly_when_both_shares_are_below_tau():
+    p, a, *_ = everything()
+    text, visual = p.kinds == TEXT, p.kinds == VISUAL
+    shares = [float(a[:, text][..., visual].sum(-1).mean()), float(a[:, visual][..., text].sum(-1).mean())]
+    for tau, left in ((max(shares) * 1.01, 0), (max(shares) * 0.99, 24)):
+        assert len(first_layer(ToDREStage2(layer=0, tau=tau))[1]) == left
+
+
+def test_catp_prunes_context_first_and_the_query_a_layer_later():
+    p = prompt()
+    state = prefill(decoder(), p, CatpStage2(layer=2, keep=0.5))
+    context, query = (int(((p.samples == s) & (p.kinds == VISUAL)).sum()) for s in (0, 1))
+    counts = [[int(((p.samples[r] == s) & (p.kinds[r] == VISUAL)).sum()) for s in (0, 1)] for r in state.alive]
+    assert counts == [[context, query]] * 3 + [
+        [context // 2, query],
+        [context // 2, query // 2],
+        [context // 2, query // 2],
+    ]
+
+
+def test_yopo_window_heads_and_feed_forward_equal_masks_on_the_full_run():
+    blocks, p = decoder(4), prompt()
+    form = Yopo(window=3, heads=((), (), (1,), (0, 3)), ffn=0.25)
+    state = prefill(blocks, p, vtw(4), form)  # layer drop after the third layer is a schedule like any other
+    rows, visual, hidden = torch.arange(len(p.kinds)), p.kinds == VISUAL, p.hidden
+    apart = (p.cells[:, None] - p.cells).abs().amax(-1)
+    near = (apart <= 1) & (p.frames[:, None] == p.frames)
+    allowed = torch.where(visual[:, None] & visual, near, rows[:, None] >= rows)
+    for layer, block in enumerate(blocks):
+        a, _, v = full_map(block, hidden, p.positions, allowed)
+        for head in form.heads[layer]:
+            a[head, :, visual] = 0.0
+            a[head, visual] = 0.0
+        share = torch.where(visual, 0.25, 1.0)
+        hidden = block.finish(hidden, torch.einsum("hqk,khd->qhd", a, v), share)
+    torch.testing.assert_close(state.hidden, hidden[~visual], atol=1e-10, rtol=1e-10)
+    new = torch.randn(1, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plain = decode(blocks, prefill(blocks, p, None, form), new)
+    headed = decode(blocks, prefill(blocks, p, None, form), new, form)
+    assert not torch.allclose(plain, headed)  # heads stay cut off from the picture while decoding
+    assert round(0.25 * FFN) == 6
+
+
+def test_vote_heads_needs_a_majority_of_samples_and_spares_the_first_layers():
+    shares = torch.tensor([[[0.01, 0.5]] * 3, [[0.01, 0.01]] * 3, [[0.5, 0.5]] * 3])
+    assert vote_heads(shares, 0.1) == ((), (), (0,))
+    assert vote_heads(shares, 0.1, exempt=0) == ((0,), (0,), (0,))
+
+
+def test_naavit_asks_nothing_of_visual_rows_and_costs_no_feed_forward_for_them():
+    blocks, p = decoder(3), prompt()
+    torch.manual_seed(0)
+    features = torch.randn(24, 7, dtype=torch.float64)
+    projectors = VisualProjectors(7, WIDTH, 3).double()
+    state = prefill(blocks, p, None, Naavit(features=features, projectors=projectors))
+    rows, visual, hidden = torch.arange(len(p.kinds)), p.kinds == VISUAL, p.hidden.clone()
+    for layer, block in enumerate(blocks):
+        hidden[visual] = projectors(features, layer).detach()
+        a, _, v = full_map(block, hidden, p.positions, rows[:, None] >= rows)
+        out = block.finish(hidden, torch.einsum("hqk,khd->qhd", a, v), torch.ones(len(rows)))
+        hidden = torch.where(visual[:, None], hidden, out)
+    torch.testing.assert_close(state.hidden[~visual], hidden[~visual], atol=1e-10, rtol=1e-10)
+
+
+def test_mod_rows_that_pass_by_come_back_after_the_layer():
+    blocks, p = decoder(3), prompt()
+    torch.manual_seed(1)
+    routers = ModRouters(WIDTH, 3).double()
+    form = Mod(routers=routers, share=0.25, layers=(1,))
+    state = prefill(blocks, p, None, form)
+    rows, visual, hidden = torch.arange(len(p.kinds)), p.kinds == VISUAL, p.hidden
+    for layer, block in enumerate(blocks):
+        through = torch.ones_like(visual)
+        if layer == 1:
+            score = routers(hidden, 1)
+            for frame in range(3):
+                own = (p.frames == frame).nonzero()[:, 0].tolist()
+                through[[r for r in own if r not in best(score, own, 2)]] = False
+        a, _, v = full_map(
+            block, hidden, p.positions, (rows[:, None] >= rows) & (through | torch.eye(len(rows)).bool())
+        )
+        out = block.finish(hidden, torch.einsum("hqk,khd->qhd", a, v), torch.ones(len(rows)))
+        hidden = torch.where(through[:, None], out, hidden)
+    torch.testing.assert_close(state.hidden, hidden, atol=1e-10, rtol=1e-10)
+    assert [len(c.rows) for c in state.caches] == [32, 8 + 6, 32]
+
+
+def test_what_cannot_be_asked_is_refused_in_one_line():
+    p, _, _, probe, _ = everything()
+    with pytest.raises(ValueError, match=r"lse is \(H, Sq\)"):
+        Probe(probe.q, probe.k, probe.lse.T, probe.q_order, probe.k_order)
+    with pytest.raises(ValueError, match="odd side"):
+        Yopo(window=4)
+    bare = type(p)(p.hidden, p.positions, p.kinds)
+    for policy, form, message in (
+        (vflowopt(0.5, 0.5, (1, 2)), Form(), "needs Prompt.importance"),
+        (CatpStage2(layer=1), Form(), "needs Prompt.samples"),
+        (None, Yopo(window=3), "needs Prompt.cells"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prefill(decoder(3), bare, policy, form)
