@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -42,8 +42,11 @@ class Layout:
     offset: int
     runs: tuple[tuple[Segment, ...], ...]
     name: str
+    _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        # Without the runs, of which a thousand ranks have thousands: layouts of one name that differ in runs are rare.
+        object.__setattr__(self, "_hash", hash((self.total, self.world, self.offset, self.name)))
         if self.total < 0 or self.world < 1 or self.offset < 0:
             raise ValueError(
                 f"Layout got length={self.total}, world={self.world}, offset={self.offset}; "
@@ -51,36 +54,29 @@ class Layout:
             )
 
     def __hash__(self) -> int:
-        """Without the runs: plans look their parts up by layout, and a thousand ranks have thousands of runs."""
-        return hash((self.total, self.world, self.offset, self.name))
+        """Made once: plans look their parts up by layout."""
+        return self._hash
+
+    def __reduce__(self) -> tuple:
+        """Another process hashes text in its own way."""
+        return Layout, (self.total, self.world, self.offset, self.runs, self.name)
 
     @classmethod
     def contiguous(cls, length: int, world: int, offset: int = 0) -> Layout:
         """Rank r holds the r-th of `world` runs, whose lengths differ by at most one."""
-        cuts = _cuts(length, world)
-        runs = [[Segment(offset + cuts[r], cuts[r + 1] - cuts[r])] for r in range(world)]
-        return cls(length, world, offset, _frozen(runs), "contiguous")
+        return _contiguous(length, world, offset)
 
     @classmethod
     def zigzag(cls, length: int, world: int, offset: int = 0) -> Layout:
         """2N chunks whose lengths differ by at most one; rank r holds chunks r and 2N-1-r."""
-        cuts = _cuts(length, 2 * world)
-        chunk = [Segment(offset + cuts[c], cuts[c + 1] - cuts[c]) for c in range(2 * world)]
-        return cls(
-            length, world, offset, _frozen([[chunk[r], chunk[2 * world - 1 - r]] for r in range(world)]), "zigzag"
-        )
+        return _zigzag(length, world, offset)
 
     @classmethod
     def striped(cls, length: int, world: int, offset: int = 0, block: int = 1) -> Layout:
         """Blocks of `block` positions dealt out in turn."""
         if block < 1:
             raise ValueError(f"Layout.striped got block={block}; a block holds 1 position or more")
-        if block == 1:
-            runs = [[Segment(offset + r, len(range(r, length, world)), world)] for r in range(world)]
-        else:
-            starts = range(0, length, block)
-            runs = [[Segment(offset + s, min(block, length - s)) for s in starts[r::world]] for r in range(world)]
-        return cls(length, world, offset, _frozen(runs), f"striped({block})")
+        return _striped(length, world, offset, block)
 
     @classmethod
     def balanced(cls, mask: Any, length: int, world: int, block: int = 128, offset: int = 0) -> Layout:
@@ -93,7 +89,6 @@ class Layout:
         >>> Layout.balanced("causal", 8, 2, block=1).positions(0).tolist()
         [0, 3, 4, 7]
         """
-        from tokenring.balance import balanced_blocks
         from tokenring.mask import Mask
 
         if block < 1 or length < 0 or world < 1:
@@ -101,8 +96,7 @@ class Layout:
                 f"Layout.balanced got length={length}, world={world}, block={block}; block and world must be 1 or more, "
                 "length 0 or more"
             )
-        runs = balanced_blocks(Mask.of(mask), length, world, block)
-        return cls(length, world, 0, _frozen(runs), f"balanced({block}, {hash(tuple(map(tuple, runs))):x})").at(offset)
+        return _balanced(Mask.of(mask), length, world, block).at(offset)
 
     @classmethod
     def from_runs(cls, runs: Sequence[Sequence[Segment]]) -> Layout:
@@ -137,9 +131,7 @@ class Layout:
 
     def at(self, offset: int) -> Layout:
         """The same cut with its first position at `offset`."""
-        move = offset - self.offset
-        runs = [[replace(s, start=s.start + move) for s in rank] for rank in self.runs]
-        return replace(self, offset=offset, runs=_frozen(runs))
+        return self if offset == self.offset else _moved(self, offset)
 
     def segments(self, rank: int) -> tuple[Segment, ...]:
         """The runs of one rank in local row order."""
@@ -217,6 +209,46 @@ class _Gather(torch.autograd.Function):
         for part in runtime.all_to_all([s.movedim(ctx.dim, 0).contiguous() for s in shards]):
             total += part.movedim(0, ctx.dim)
         return total, None, None, None
+
+
+@lru_cache(maxsize=64)
+def _contiguous(length: int, world: int, offset: int) -> Layout:
+    cuts = _cuts(length, world)
+    runs = [[Segment(offset + cuts[r], cuts[r + 1] - cuts[r])] for r in range(world)]
+    return Layout(length, world, offset, _frozen(runs), "contiguous")
+
+
+@lru_cache(maxsize=64)
+def _zigzag(length: int, world: int, offset: int) -> Layout:
+    cuts = _cuts(length, 2 * world)
+    chunk = [Segment(offset + cuts[c], cuts[c + 1] - cuts[c]) for c in range(2 * world)]
+    runs = [[chunk[r], chunk[2 * world - 1 - r]] for r in range(world)]
+    return Layout(length, world, offset, _frozen(runs), "zigzag")
+
+
+@lru_cache(maxsize=64)
+def _striped(length: int, world: int, offset: int, block: int) -> Layout:
+    if block == 1:
+        runs = [[Segment(offset + r, len(range(r, length, world)), world)] for r in range(world)]
+    else:
+        starts = range(0, length, block)
+        runs = [[Segment(offset + s, min(block, length - s)) for s in starts[r::world]] for r in range(world)]
+    return Layout(length, world, offset, _frozen(runs), f"striped({block})")
+
+
+@lru_cache(maxsize=16)
+def _balanced(mask: Any, length: int, world: int, block: int) -> Layout:
+    from tokenring.balance import balanced_blocks
+
+    runs = _frozen(balanced_blocks(mask, length, world, block))
+    return Layout(length, world, 0, runs, f"balanced({block}, {hash(runs):x})")
+
+
+@lru_cache(maxsize=64)
+def _moved(layout: Layout, offset: int) -> Layout:
+    move = offset - layout.offset
+    runs = [[replace(s, start=s.start + move) for s in rank] for rank in layout.runs]
+    return replace(layout, offset=offset, runs=_frozen(runs))
 
 
 @lru_cache(maxsize=8192)

@@ -16,6 +16,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate, groupby, pairwise
 from numbers import Integral
 
@@ -74,10 +75,14 @@ class Mask:
         """Made once: plans look their parts up by mask, and a packed batch has thousands of cells."""
         return self._hash
 
+    def __reduce__(self) -> tuple:
+        """Another process hashes None in its own way."""
+        return Mask, (self.cells, self.limits)
+
     @classmethod
     def band(cls, lower: int | None, upper: int | None) -> Mask:
         """lower <= k - q <= upper; None leaves a side open."""
-        return cls(_sorted([Tile(0, END, 0, END, lower, upper)]))
+        return _band(lower, upper)
 
     @classmethod
     def causal(cls) -> Mask:
@@ -112,13 +117,12 @@ class Mask:
         [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
         """
         q = _bounds("cu_seqlens", cu_seqlens)
-        k = q if kv_cu_seqlens is None else _bounds("kv_cu_seqlens", kv_cu_seqlens)
-        if len(q) != len(k):
+        k = None if kv_cu_seqlens is None else _bounds("kv_cu_seqlens", kv_cu_seqlens)
+        if k is not None and len(q) != len(k):
             raise ValueError(
                 f"Mask.documents got {len(q) - 1} documents of queries and {len(k) - 1} of keys; give as many of both"
             )
-        cells = [Tile(*a, *b, upper=b[1] - a[1] if causal else None) for a, b in zip(pairwise(q), pairwise(k))]
-        return cls(_sorted(cells), Limits(q[-1], k[-1], packed=kv_cu_seqlens is not None))
+        return _documents(tuple(q), k and tuple(k), causal)
 
     @classmethod
     def spans(cls, spans: Sequence[Sequence[int]] | Tensor) -> Mask:
@@ -223,6 +227,19 @@ class Mask:
                     tiles += cell_tiles(run, q_row, rows, groups, cell)
             q_row += run.count
         return fuse(tiles)
+
+
+@lru_cache(maxsize=256)
+def _band(lower: int | None, upper: int | None) -> Mask:
+    return Mask(_sorted([Tile(0, END, 0, END, lower, upper)]))
+
+
+@lru_cache(maxsize=64)
+def _documents(q: tuple[int, ...], k: tuple[int, ...] | None, causal: bool) -> Mask:
+    """Made once for a packed batch: every layer of a model may build its mask anew."""
+    pairs = zip(pairwise(q), pairwise(q if k is None else k))
+    cells = [Tile(*a, *b, upper=b[1] - a[1] if causal else None) for a, b in pairs]
+    return Mask(_sorted(cells), Limits(q[-1], (q if k is None else k)[-1], packed=k is not None))
 
 
 def _q_start(cell: Tile) -> int:

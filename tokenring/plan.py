@@ -108,7 +108,9 @@ class Plan:
             steps = self.steps(rank)
             sends = [t for step in steps for lane in step.sends for t in lane]
             tiles = [tile for step in steps for compute in step.computes for tile in compute.tiles]
-            to = {d: self.bytes_sent(rank, d) for d in sorted({t.destination for t in sends})}
+            to = dict.fromkeys(sorted({t.destination for t in sends}), 0)
+            for transfer in sends:
+                to[transfer.destination] += self.transfer_bytes(transfer)
             lines.append(
                 f"{rank:>4} {len(steps):>5} {len(sends):>8} {sum(to.values()):>12} {len(tiles):>5} "
                 f"{sum(t.pairs() for t in tiles):>14}   {', '.join(f'{d}: {b}' for d, b in to.items()) or '-'}"

@@ -29,12 +29,19 @@ class Problem:
     _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        parts = (self.world, self.q_layout, self.kv_layout, self.mask, self.direction, self.q_heads, self.kv_heads)
-        object.__setattr__(self, "_hash", hash(parts))
+        object.__setattr__(self, "_hash", hash(self._parts))
 
     def __hash__(self) -> int:
         """Made once: building a plan looks up thousands of its parts by problem."""
         return self._hash
+
+    def __reduce__(self) -> tuple:
+        """Another process hashes text in its own way."""
+        return Problem, self._parts
+
+    @property
+    def _parts(self) -> tuple:
+        return self.world, self.q_layout, self.kv_layout, self.mask, self.direction, self.q_heads, self.kv_heads
 
     @cached_property
     def places(self) -> Problem:
