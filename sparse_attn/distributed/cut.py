@@ -1,0 +1,234 @@
+"""How the groups of a sequence lie over ranks: whose rows belong to which group, and which keys a rank's anchor regions need.
+
+    sequence     | group 0 | group 1 | group 2 | group 3 |
+    ranks        |  rank 0    | rank 1       | rank 0    |      any layout of runs, cut inside groups or between them
+    parts        |  0:0  |0:1 | 1:1 |  1:2   |0:2| 0:3   |      rank:group
+
+A *part* is a run of neighbouring rows of one rank inside one group. Its anchor region is the initial block, the window before
+the group and the group's keys up to the diagonal; what of it lies on other ranks is the rank's *halo*. All of this follows
+from geometry and layout, so every rank knows it of every other and nothing has to be said.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from sparse_attn.geometry import Geometry, Group
+from tokenring import Layout
+from tokenring.segments import Range, union
+from tokenring.step import Piece
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Neighbouring rows of one rank inside one group."""
+
+    group: int
+    rows: Range
+    """Local rows."""
+    start: int
+    """The position of the first one."""
+
+    @property
+    def count(self) -> int:
+        return self.rows[1] - self.rows[0]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A geometry over a layout of runs of neighbours; hashable."""
+
+    geometry: Geometry
+    layout: Layout
+    """Its positions are the sequence's rows, from 0."""
+    keep: tuple[int, ...] = ()
+    """Ascending positions that belong to every later group's anchor region."""
+
+    def __post_init__(self) -> None:
+        if any(run.stride != 1 and run.count > 1 for rank in self.layout.runs for run in rank):
+            raise ValueError(
+                f"layout {self.layout.name} deals positions out one by one; groups share columns and want neighbouring rows: "
+                "give a zigzag, contiguous or group layout (sparse_attn.distributed.group_layout), or Layout.striped(block=...)"
+            )
+
+    @property
+    def world(self) -> int:
+        return self.layout.world
+
+    @cached_property
+    def parts(self) -> tuple[tuple[Part, ...], ...]:
+        """Of each rank, in local row order."""
+        return tuple(tuple(self._parts(rank)) for rank in range(self.world))
+
+    def _parts(self, rank: int) -> Iterator[Part]:
+        groups, firsts, row = self.geometry.groups, self._first_rows, 0
+        for run in self.layout.segments(rank):
+            at, stop = run.start, run.start + run.count
+            while at < stop:
+                number = bisect_right(firsts, at) - 1
+                last = min(stop, groups[number].rows[1])
+                yield Part(number, (row, row + last - at), at)
+                row, at = row + last - at, last
+
+    @cached_property
+    def _first_rows(self) -> list[int]:
+        return [group.rows[0] for group in self.geometry.groups]
+
+    @cached_property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """For each rank the groups it holds rows of that have candidates, ascending: a list's bits are in this order."""
+        all_groups = self.geometry.groups
+        return tuple(
+            tuple(sorted({p.group for p in parts if all_groups[p.group].candidate_keys})) for parts in self.parts
+        )
+
+    @cached_property
+    def holders(self) -> dict[int, list[int]]:
+        """The ranks that hold rows of each group with candidates."""
+        found: dict[int, list[int]] = {}
+        for rank, groups in enumerate(self.groups):
+            for number in groups:
+                found.setdefault(number, []).append(rank)
+        return found
+
+    @cached_property
+    def split(self) -> tuple[int, ...]:
+        """The groups with candidates that several ranks hold rows of."""
+        return tuple(sorted(number for number, ranks in self.holders.items() if len(ranks) > 1))
+
+    @cached_property
+    def splits_blocks(self) -> bool:
+        """Whether some block that is averaged lies on two ranks."""
+        starts = (p.start - self.geometry.groups[p.group].rows[0] for parts in self.parts for p in parts)
+        return any(start % self.geometry.block for start in starts)
+
+    def group(self, part: Part) -> Group:
+        return self.geometry.groups[part.group]
+
+    # -- rows of ranks by position -------------------------------------------------------------------------------------
+
+    @cached_property
+    def _held(self) -> list[list[tuple[int, int, int]]]:
+        """Of each rank (first position, past the last, local row), ascending."""
+        found = []
+        for rank in range(self.world):
+            row, runs = 0, []
+            for run in self.layout.segments(rank):
+                runs.append((run.start, run.start + run.count, row))
+                row += run.count
+            found.append(sorted(runs))
+        return found
+
+    @cached_property
+    def _owners(self) -> list[tuple[int, int, int, int]]:
+        """(first position, past the last, rank, local row) of all runs, ascending."""
+        return sorted((a, b, rank, row) for rank, runs in enumerate(self._held) for a, b, row in runs)
+
+    def pieces(self, span: Range) -> Iterator[Piece]:
+        """The rows of all ranks that hold the positions of a span, in order of position."""
+        owners = self._owners
+        for index in range(max(0, bisect_right(owners, (span[0], 1 << 62)) - 1), len(owners)):
+            a, b, rank, row = owners[index]
+            if a >= span[1]:
+                return
+            first, last = max(a, span[0]), min(b, span[1])
+            if first < last:
+                yield Piece(rank, row + first - a, row + last - a)
+
+    def owned(self, rank: int, span: Range) -> list[Range]:
+        """The local rows of one rank that hold positions of a span, neighbours joined, in order of position."""
+        found: list[Range] = []
+        for a, b, row in self._held[rank]:
+            first, last = max(a, span[0]), min(b, span[1])
+            if first < last:
+                start = row + first - a
+                if found and found[-1][1] == start:
+                    start = found.pop()[0]
+                found.append((start, row + last - a))
+        return found
+
+    @cached_property
+    def candidates(self) -> list[dict[int, list[Range]]]:
+        """For each rank and group: the local rows that are candidates of the group; groups with none are left out."""
+        found: list[dict[int, list[Range]]] = []
+        for rank in range(self.world):
+            spans = {number: self.owned(rank, self.geometry.groups[number].candidates) for number in self.holders}
+            found.append({number: rows for number, rows in spans.items() if rows})
+        return found
+
+    # -- anchor regions ------------------------------------------------------------------------------------------------
+
+    def region(self, part: Part) -> tuple[Range, ...]:
+        """Positions that every row of a part sees beside the part's own keys: initial block, window, the group's keys before
+        the part, and the rows of `keep` among the group's candidates."""
+        group = self.group(part)
+        spans = [*group.prefix, (group.rows[0], part.start)]
+        first, last = group.candidates
+        spans += [(row, row + 1) for row in self.keep if first <= row < last]
+        return union(spans)
+
+    @cached_property
+    def halos(self) -> tuple[tuple[Piece, ...], ...]:
+        """For each rank the rows of others that its anchor regions need, in order of position."""
+        return tuple(self._halo(rank) for rank in range(self.world))
+
+    def _halo(self, rank: int) -> tuple[Piece, ...]:
+        spans = union(span for part in self.parts[rank] for span in self.region(part))
+        return tuple(piece for span in spans for piece in self.pieces(span) if piece.owner != rank)
+
+    def prefixes(self, rank: int, spans: Iterable[Range]) -> tuple[Range, ...]:
+        """Rows of the workspace [own rows, halo] that hold the positions of some spans, in order; neighbours joined."""
+        found: list[Range] = []
+        for span in spans:
+            for piece in self.pieces(span):
+                start = piece.start if piece.owner == rank else self._halo_row(rank, piece)
+                stop = start + piece.rows
+                if found and found[-1][1] == start:
+                    start = found.pop()[0]
+                found.append((start, stop))
+        return tuple(found)
+
+    def _halo_row(self, rank: int, wanted: Piece) -> int:
+        for row, piece in self._halo_rows[rank].get(wanted.owner, ()):
+            if piece.start <= wanted.start and wanted.stop <= piece.stop:
+                return row + wanted.start - piece.start
+        raise AssertionError(f"rank {rank} has no {wanted} in its halo")
+
+    @cached_property
+    def _halo_rows(self) -> list[dict[int, list[tuple[int, Piece]]]]:
+        """For each rank and owner: (row of the workspace, piece)."""
+        found: list[dict[int, list[tuple[int, Piece]]]] = []
+        for rank, halo in enumerate(self.halos):
+            row, here = self.layout.length(rank), {}
+            for piece in halo:
+                here.setdefault(piece.owner, []).append((row, piece))
+                row += piece.rows
+            found.append(here)
+        return found
+
+    def halo_rows(self, rank: int) -> int:
+        """How many rows of others a rank's anchor regions need."""
+        return sum(piece.rows for piece in self.halos[rank])
+
+    # -- work ----------------------------------------------------------------------------------------------------------
+
+    def anchor_pairs(self, rank: int) -> int:
+        """Pairs of one head and batch entry that a rank computes in anchor regions."""
+        regions = (sum(b - a for a, b in self.region(p)) * p.count for p in self.parts[rank])
+        return sum(regions) + sum(p.count * (p.count + 1) // 2 for p in self.parts[rank])
+
+    def candidate_pairs(self, rank: int) -> int:
+        """Pairs of one head and batch entry that a rank's stripes choose from."""
+        return sum(p.count * self.group(p).candidate_keys for p in self.parts[rank])
+
+
+def rows_of(ranges: Iterable[Range], device: torch.device | None = None) -> Tensor:
+    """int64: the numbers of half-open ranges, in order."""
+    parts = [torch.arange(a, b, device=device) for a, b in ranges]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=device)

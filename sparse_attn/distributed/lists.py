@@ -1,0 +1,125 @@
+"""Which rows of a rank's keys another rank wants, and for which of its groups and heads.
+
+    one line a wanted row and key head:   int32   entry and key head * rows of the owner + row
+                                          int32s  bit (group * query heads of a key head + head): wanted there
+
+Groups are counted among those of the wanting rank that have candidates. What travels is the union over groups and heads: one
+line, one row of keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+BITS = 32
+
+
+def words_for(bits: int) -> int:
+    """int32s that hold so many bits; one at least, so that a line always has some."""
+    return max(1, -(-bits // BITS))
+
+
+def set_bits_(words: Tensor, bit: int, wanted: Tensor) -> None:
+    """Where `wanted`, set a bit of words (..., W)."""
+    word, shift = divmod(bit, BITS)
+    words[..., word] |= wanted.to(torch.int32) << shift
+
+
+def lines_of(words: Tensor) -> Tensor:
+    """int32 (lines, 1 + W) of words (entries * key heads, rows, W), in the order of heads, then rows."""
+    heads, rows = (words != 0).any(-1).nonzero().unbind(1)
+    where = (heads * words.shape[1] + rows).to(torch.int32)
+    return torch.cat([where[:, None], words[heads, rows]], 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """The lines that one rank has of every owner, its own included, owners in order."""
+
+    lines: Sequence[Tensor]
+    """Of each owner: int32 (lines, 1 + W)."""
+    lengths: Sequence[int]
+    """Rows that each owner holds."""
+    rank: int
+    base: int
+    """The first row of the workspace that holds rows of others; they lie there head by head, those of a head in order."""
+
+    @cached_property
+    def counts(self) -> list[int]:
+        return [len(lines) for lines in self.lines]
+
+    @cached_property
+    def words(self) -> Tensor:
+        """int32 (lines, W) of all owners."""
+        return torch.cat([lines[:, 1:] for lines in self.lines])
+
+    @cached_property
+    def heads(self) -> Tensor:
+        """int64 (lines): batch entry * key heads + key head."""
+        pairs = zip(self.lines, self.lengths)
+        return torch.cat([lines[:, 0].long() // max(1, length) for lines, length in pairs])
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """int64 (lines): row of the owner's shard."""
+        pairs = zip(self.lines, self.lengths)
+        return torch.cat([lines[:, 0].long() % max(1, length) for lines, length in pairs])
+
+    @cached_property
+    def far(self) -> Tensor:
+        """bool (lines): held by another rank."""
+        owners = torch.repeat_interleave(torch.arange(len(self.lines)), torch.tensor(self.counts))
+        return (owners != self.rank).to(self.words.device)
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """int64 (lines): row of the workspace."""
+        heads = self.heads[self.far]
+        order = heads.argsort(stable=True)
+        sizes = heads.bincount() if len(heads) else heads
+        place = torch.empty_like(heads)
+        place[order] = torch.arange(len(heads), device=heads.device) - (sizes.cumsum(0) - sizes)[heads[order]]
+        columns = self.rows.clone()
+        columns[self.far] = self.base + place
+        return columns
+
+    @property
+    def workspace_rows(self) -> int:
+        """Own rows, halo, and as many more as the head with most rows of others has."""
+        heads = self.heads[self.far]
+        return self.base + (int(heads.bincount().max()) if len(heads) else 0)
+
+    def placed(self, near: Tensor, arrived: Tensor, key_heads: int) -> Tensor:
+        """(B, workspace rows, Hkv, D): own rows and halo `near`, then what arrived (far lines, D), head by head."""
+        more = near.new_zeros(near.shape[0], self.workspace_rows - near.shape[1], *near.shape[2:])
+        whole = torch.cat([near, more], 1)
+        heads = self.heads[self.far]
+        whole[heads // key_heads, self.columns[self.far], heads % key_heads] = arrived
+        return whole
+
+    def bits(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each batch entry and key head in turn: numbers of its lines by ascending column, and bool (count, lines)."""
+        span = int(self.columns.max()) + 1 if len(self.columns) else 1
+        order = (self.heads * span + self.columns).argsort()
+        shifts = torch.arange(BITS, dtype=torch.int32, device=order.device)
+        cuts = torch.searchsorted(self.heads[order], torch.arange(self.most + 1, device=order.device)).tolist()
+        for first, last in zip(cuts, cuts[1:]):
+            lines = order[first:last]
+            unpacked = (self.words[lines].unsqueeze(2) >> shifts) & 1
+            yield lines, unpacked.flatten(1)[:, :count].bool().T
+
+    most: int = 1
+    """Batch entries * key heads."""
+
+    def only(self, words: Tensor) -> Wanted:
+        """The lines with other words; those whose words are all zero are gone."""
+        found = []
+        for lines, part in zip(self.lines, words.split(self.counts)):
+            left = (part != 0).any(1)
+            found.append(torch.cat([lines[left, :1], part[left]], 1))
+        return replace(self, lines=found)

@@ -1,0 +1,204 @@
+"""What travels of queries so that the owner of a key can decide alone whether a group wants it.
+
+    pooled, lse   mean query and mean anchor of each block                      (D + 1) numbers a block and query head
+    rescore       smallest and largest entries of each box of rows              2 (D + 1) numbers a box and query head
+    every         nothing: every candidate passes, and the rows themselves decide when its key arrives
+
+Where a block or box lies on two ranks, each sends its share: means add up by their rows, boxes by minimum and maximum. Each
+part's numbers travel as one flat run whose length every rank knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sparse_attn.config import AnchorConfig
+from sparse_attn.distributed.cut import Cut, Part
+from sparse_attn.identify.means import mean_margins
+from sparse_attn.identify.products import column_maximum, test_dtype, with_anchor, with_ones
+from sparse_attn.identify.rows import LONG
+from tokenring.merge import accumulator_dtype
+from tokenring.segments import Range
+
+Flats = Sequence[tuple[Part, Tensor]]
+"""The parts of a group, from all ranks, and their numbers."""
+
+
+class Summary(Protocol):
+    """One way of saying of queries what owners of keys must know."""
+
+    dtype: torch.dtype
+    """Of the numbers that travel."""
+
+    def size(self, part: Part) -> int:
+        """How many numbers a part sends to each owner of its candidates."""
+
+    def of_part(self, part: Part) -> Tensor:
+        """Those numbers, flat; asked on the rank that holds the part."""
+
+    def wanted(self, number: int, flats: Flats, rows: Sequence[Range]) -> Tensor:
+        """bool (B, Hq, candidates among the rows): asked on the owner of these rows of k."""
+
+
+def runs(part: Part, origin: int, length: int) -> tuple[int, list[int]]:
+    """The first of the runs of `length` rows from `origin` that a part holds rows of, and how many of each.
+
+    >>> runs(Part(group=0, rows=(0, 7), start=13), 8, 4)
+    (1, [3, 4])
+    """
+    first = (part.start - origin) // length
+    edges = range(origin + (first + 1) * length, part.start + part.count, length)
+    return first, [b - a for a, b in pairwise([part.start, *edges, part.start + part.count])]
+
+
+class Means:
+    """`pooled` and `lse`: scaled mean query and mean anchor of each block, as `sparse_attn.identify.means` tests them."""
+
+    def __init__(self, cut: Cut, config: AnchorConfig, scale: float, q: Tensor, k: Tensor, anchor: Tensor) -> None:
+        self.cut, self.scale, self.q, self.k, self.anchor = cut, scale, q, k, anchor
+        self.theta = anchor.new_tensor(config.thetas(q.shape[2]))[:, None]
+        # Shares of a mean are rounded once more when they add up, so a 16-bit dtype would choose other columns.
+        self.dtype = anchor.dtype if cut.splits_blocks else q.dtype
+        self.batch, self.heads, self.dim = q.shape[0], q.shape[2], q.shape[3]
+
+    def size(self, part: Part) -> int:
+        _, counts = self._blocks(part)
+        wide = self.anchor.dtype.itemsize // self.dtype.itemsize
+        return self.batch * self.heads * len(counts) * (self.dim + wide)
+
+    def _blocks(self, part: Part) -> tuple[int, list[int]]:
+        return runs(part, self.cut.group(part).rows[0], self.cut.geometry.block)
+
+    def of_part(self, part: Part) -> Tensor:
+        _, counts = self._blocks(part)
+        rows = slice(*part.rows)
+        q = self.q[:, rows].transpose(1, 2).to(self.anchor.dtype)
+        means = _mean(q, counts) * self.scale
+        anchors = _mean(self.anchor[:, :, rows].unsqueeze(3), counts)
+        return torch.cat([flat(anchors, self.dtype), means.to(self.dtype).flatten()])
+
+    def wanted(self, number: int, flats: Flats, rows: Sequence[Range]) -> Tensor:
+        group = self.cut.geometry.groups[number]
+        blocks = -(-group.count // self.cut.geometry.block)
+        shape = self.batch, self.heads, blocks
+        means, anchors = self.anchor.new_zeros(*shape, self.dim), self.anchor.new_zeros(shape)
+        for part, numbers in flats:
+            first, counts = self._blocks(part)
+            here = slice(first, first + len(counts))
+            sizes = [min(self.cut.geometry.block, group.count - b * self.cut.geometry.block) for b in range(blocks)]
+            share = anchors.new_tensor([n / whole for n, whole in zip(counts, sizes[here])])
+            head = self.batch * self.heads * len(counts) * self.anchor.dtype.itemsize // self.dtype.itemsize
+            anchors[:, :, here] += unflat(numbers[:head], anchors.dtype, (*shape[:2], -1)) * share
+            means[:, :, here] += numbers[head:].view(*shape[:2], len(counts), -1).to(means.dtype) * share[:, None]
+        return torch.stack(
+            [mean_margins(means[e], anchors[e], picked(self.k[e], rows)) >= -self.theta for e in range(self.batch)]
+        )
+
+
+class Boxes:
+    """`rescore`: smallest and largest entries of [scale * q, -lse] in each box, and how long the near keys are."""
+
+    def __init__(
+        self, cut: Cut, config: AnchorConfig, scale: float, q: Tensor, k: Tensor, lse: Tensor, near: Tensor
+    ) -> None:
+        """near: (B, Hkv, groups) mean squared length of the keys in each group's initial block and window, where known."""
+        self.cut, self.config, self.scale, self.q, self.lse, self.near = cut, config, scale, q, lse, near
+        self.dtype = test_dtype(q, config.scores)
+        self.theta = lse.new_tensor(config.thetas(q.shape[2]))[:, None]
+        keys = with_ones(k, self.dtype)
+        self.bounding = torch.cat([keys, keys.abs()], -1)
+        self.lengths = k.to(lse.dtype).square().sum(-1).transpose(1, 2)
+        self.shape = q.shape[0], q.shape[2]
+        self.dim, self.key_heads = keys.shape[3], k.shape[2]
+
+    def size(self, part: Part) -> int:
+        _, counts = self._boxes(part)
+        batch, heads = self.shape
+        return self._near_size() + batch * heads * len(counts) * 2 * self.dim
+
+    def _near_size(self) -> int:
+        return self.shape[0] * self.key_heads * self.lse.dtype.itemsize // self.dtype.itemsize
+
+    def _boxes(self, part: Part) -> tuple[int, list[int]]:
+        return runs(part, self.cut.group(part).rows[0], self.config.box)
+
+    def of_part(self, part: Part) -> Tensor:
+        _, counts = self._boxes(part)
+        here, box = slice(*part.rows), self.config.box
+        rows = torch.stack([with_anchor(q[here], lse[:, here], self.scale, self.dtype) for q, lse in zip(self.q, self.lse)])
+        lead, tail = -counts[0] % box if len(counts) > 1 else 0, -counts[-1] % box
+        ends = rows[:, :, :1].expand(-1, -1, lead, -1), rows[:, :, -1:].expand(-1, -1, tail, -1)
+        low, high = torch.aminmax(torch.cat([ends[0], rows, ends[1]], 2).unflatten(2, (len(counts), box)), dim=3)
+        return torch.cat([flat(self.near[:, :, part.group], self.dtype), torch.stack([low, high], 3).flatten()])
+
+    def wanted(self, number: int, flats: Flats, rows: Sequence[Range]) -> Tensor:
+        group, box = self.cut.geometry.groups[number], self.config.box
+        shape = *self.shape, -(-group.count // box), self.dim
+        wide = accumulator_dtype(self.dtype)
+        low = torch.full(shape, torch.inf, dtype=wide, device=self.q.device)
+        high = torch.full_like(low, -torch.inf)
+        for part, numbers in flats:
+            first, counts = self._boxes(part)
+            near = unflat(numbers[: self._near_size()], self.lse.dtype, (self.shape[0], self.key_heads))
+            ends = numbers[self._near_size() :].view(*self.shape, len(counts), 2, self.dim).to(wide)
+            here = slice(first, first + len(counts))
+            low[:, :, here] = torch.minimum(low[:, :, here], ends[:, :, :, 0])
+            high[:, :, here] = torch.maximum(high[:, :, here], ends[:, :, :, 1])
+        middle = (low + high) / 2
+        stacks = torch.cat([middle, self.config.reach * (high - middle)], -1).to(self.dtype)
+        return torch.stack([self._passed(stacks[e], near[e], e, rows) for e in range(self.shape[0])])
+
+    def _passed(self, stacks: Tensor, near: Tensor, entry: int, rows: Sequence[Range]) -> Tensor:
+        """bool (Hq, candidates) of one batch entry."""
+        each = self.shape[1] // self.key_heads
+        keys = picked(self.bounding[entry], rows, 1)
+        heads = stacks.unflatten(0, (self.key_heads, each))
+        bounds = torch.cat([column_maximum(b, x) for b, x in zip(heads, keys)])
+        passed = (bounds >= -self.theta).unflatten(0, (self.key_heads, each))
+        long = picked(self.lengths[entry], rows, 1) > LONG * near[:, None]
+        return passed.logical_or_(long.unsqueeze(1)).flatten(0, 1)
+
+
+class Nothing:
+    """`every`: all candidates' keys travel, and each row decides for itself."""
+
+    def __init__(self, q: Tensor) -> None:
+        self.q, self.dtype = q, q.dtype
+
+    def size(self, part: Part) -> int:
+        return 0
+
+    def of_part(self, part: Part) -> Tensor:
+        return self.q.new_empty(0)
+
+    def wanted(self, number: int, flats: Flats, rows: Sequence[Range]) -> Tensor:
+        count = sum(b - a for a, b in rows)
+        return torch.ones(self.q.shape[0], self.q.shape[2], count, dtype=torch.bool, device=self.q.device)
+
+
+def picked(x: Tensor, rows: Sequence[Range], dim: int = 0) -> Tensor:
+    """Some runs of rows; a view where there is one."""
+    parts = [x.narrow(dim, a, b - a) for a, b in rows]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def flat(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor as flat numbers of a dtype as wide or narrower, bit for bit."""
+    return x.flatten().contiguous().view(dtype)
+
+
+def unflat(numbers: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """What `flat` was given."""
+    return numbers.clone().view(dtype).view(shape)
+
+
+def _mean(x: Tensor, counts: list[int]) -> Tensor:
+    """(B, H, runs, D) out of (B, H, rows, D): means of runs of rows."""
+    if len(set(counts)) == 1:
+        return x.unflatten(2, (len(counts), -1)).mean(3)
+    return torch.stack([part.mean(2) for part in x.split(counts, 2)], 2)
