@@ -4,6 +4,7 @@ from sparse_attn import AnchorConfig, anchor_attention
 out = anchor_attention(q, k, v, config=AnchorConfig())
 """
 
+from sparse_attn import baselines
 from sparse_attn.api import anchor_attention, execute, plan
 from sparse_attn.config import AnchorConfig
 from sparse_attn.geometry import Geometry
@@ -22,6 +23,7 @@ __all__ = [
     "StripePlan",
     "TunedConfig",
     "anchor_attention",
+    "baselines",
     "compare_logits",
     "execute",
     "mass_recall",

@@ -154,6 +154,8 @@ def run_rows(plan: Plan, runtime: Transport, *tensors: Tensor) -> Tensors:
 
 def agreed_counts(runtime: Transport, mine: Sequence[int], device: torch.device) -> tuple[Counts, Tensor]:
     """Every rank's numbers, rank by rank: as tuples, and as a tensor (world, numbers). Counted as control, not payload."""
-    notes = runtime.all_gather(torch.tensor(list(mine), dtype=torch.int64, device=device), same_shape=True, control=True)
+    notes = runtime.all_gather(
+        torch.tensor(list(mine), dtype=torch.int64, device=device), same_shape=True, control=True
+    )
     table = torch.stack(notes).cpu()
     return tuple(map(tuple, table.tolist())), table

@@ -9,6 +9,7 @@ line, one row of keys and values.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -108,7 +109,7 @@ class Wanted:
         order = (self.heads * span + self.columns).argsort()
         shifts = torch.arange(BITS, dtype=torch.int32, device=order.device)
         cuts = torch.searchsorted(self.heads[order], torch.arange(self.most + 1, device=order.device)).tolist()
-        for first, last in zip(cuts, cuts[1:]):
+        for first, last in itertools.pairwise(cuts):
             lines = order[first:last]
             unpacked = (self.words[lines].unsqueeze(2) >> shifts) & 1
             yield lines, unpacked.flatten(1)[:, :count].bool().T

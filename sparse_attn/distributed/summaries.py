@@ -130,7 +130,9 @@ class Boxes:
     def of_part(self, part: Part) -> Tensor:
         _, counts = self._boxes(part)
         here, box = slice(*part.rows), self.config.box
-        rows = torch.stack([with_anchor(q[here], lse[:, here], self.scale, self.dtype) for q, lse in zip(self.q, self.lse)])
+        rows = torch.stack(
+            [with_anchor(q[here], lse[:, here], self.scale, self.dtype) for q, lse in zip(self.q, self.lse)]
+        )
         lead, tail = -counts[0] % box if len(counts) > 1 else 0, -counts[-1] % box
         ends = rows[:, :, :1].expand(-1, -1, lead, -1), rows[:, :, -1:].expand(-1, -1, tail, -1)
         low, high = torch.aminmax(torch.cat([ends[0], rows, ends[1]], 2).unflatten(2, (len(counts), box)), dim=3)
