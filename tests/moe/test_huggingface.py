@@ -1,0 +1,123 @@
+"""Mixture-of-experts models of transformers with their experts spread over ranks: logits and gradients as on one rank."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "num_experts_per_tok": 3,
+    "max_position_embeddings": 64,
+}
+
+
+def build(kind: str):
+    from transformers import (
+        GptOssConfig,
+        GptOssForCausalLM,
+        MixtralConfig,
+        MixtralForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+    )
+
+    torch.manual_seed(0)
+    if kind == "qwen3":
+        own = {"num_experts": 8, "moe_intermediate_size": 16, "head_dim": 8, "norm_topk_prob": True}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **own))
+    elif kind == "gpt-oss":
+        own = {"num_local_experts": 8, "intermediate_size": 16, "head_dim": 8, "sliding_window": 4}
+        model = GptOssForCausalLM(GptOssConfig(**SIZES, **own))
+    else:
+        model = MixtralForCausalLM(MixtralConfig(**SIZES, intermediate_size=16, num_local_experts=8))
+    draw = torch.Generator().manual_seed(1)
+    for p in model.parameters():  # large weights, so that experts matter
+        p.data = 0.3 * torch.randn(p.shape, generator=draw)
+    return model
+
+
+def batch(rank: int) -> torch.Tensor:
+    return torch.randint(0, 64, (1 + rank % 2, 5 + 2 * rank), generator=torch.Generator().manual_seed(rank))
+
+
+def loss_of(model, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = model(tokens).logits
+    return logits, torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
+    )
+
+
+def spread_on_rank(group, kind: str, dispatcher: str):
+    from moe.integrations.huggingface import expert_parallel
+
+    model = expert_parallel(build(kind), group, dispatcher=dispatcher)
+    logits, loss = loss_of(model, batch(group.rank()))
+    loss.backward()
+    return logits.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def through_transformers_on_rank(group, kind: str, dispatcher: str, shared: bool):
+    from torch.distributed.device_mesh import DeviceMesh
+    from transformers.distributed.expert_parallel import apply_expert_parallelism
+
+    import moe.integrations.huggingface as ours
+
+    ours.register()
+    model = build(kind)
+    mesh = DeviceMesh.from_group(group, "cpu")
+    alone = DeviceMesh.from_group(torch.distributed.new_group([group.rank()], use_local_synchronization=True), "cpu")
+    plan = {}
+    for name, module in ours.expert_modules(model).items():
+        plan |= {f"{name}.{p}": "grouped_gemm" for p, _ in module.named_parameters(recurse=False)}
+        plan[name] = "ep_dispatch_experts"
+    apply_expert_parallelism(model, mesh, mesh if shared else alone, plan, ep_implementation=f"moe:{dispatcher}")
+    logits, loss = loss_of(model, batch(1 if shared else group.rank()))
+    loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    local = {n: g.to_local() if hasattr(g, "to_local") else g for n, g in grads.items()}
+    return logits.detach(), local
+
+
+def compare(results: list, kind: str, shared: bool = False) -> None:
+    world = len(results)
+    model = build(kind)
+    for rank, (logits, _) in enumerate(results):
+        alone, loss = loss_of(model, batch(1 if shared else rank))
+        assert torch.allclose(logits, alone, atol=2e-4, rtol=1e-3), rank
+        if not shared or rank == 0:
+            loss.backward()
+    for name, p in model.named_parameters():
+        parts = [grads[name] for _, grads in results]
+        if parts[0].shape != p.shape:
+            found = torch.cat(parts)
+        elif shared:
+            found = parts[0]
+        else:
+            found = sum(parts)
+        scale = max(1.0, float(p.grad.abs().max()))
+        assert found.shape == p.shape and torch.allclose(found, p.grad, atol=2e-4 * scale), (name, world)
+
+
+@pytest.mark.parametrize(("kind", "dispatcher"), [("qwen3", "dedup"), ("mixtral", "auto"), ("gpt-oss", "alltoall")])
+def test_spread_experts_give_the_logits_and_gradients_of_one_rank(pool, kind: str, dispatcher: str) -> None:
+    compare(pool.run(4, spread_on_rank, kind, dispatcher), kind)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own_batches", "one_batch"])
+def test_through_transformers_own_expert_parallelism(pool, shared: bool) -> None:
+    compare(pool.run(2, through_transformers_on_rank, "qwen3", "dedup", shared), "qwen3", shared)
+
+
+def test_what_is_no_mixture_is_refused() -> None:
+    from moe.integrations.huggingface import expert_parallel
+
+    with pytest.raises(ValueError, match="Linear holds no experts"):
+        expert_parallel(torch.nn.Linear(2, 2), None)
+    model = expert_parallel(build("qwen3"), None)
+    with pytest.raises(ValueError, match="are spread already"):
+        expert_parallel(model, None)
