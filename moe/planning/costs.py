@@ -1,10 +1,10 @@
 """Seconds of single operations on a machine: matrix products, attention, passes over memory, collectives.
 
-    matrix product   tiles / (multiprocessors) rounded up, each 2 tm tn (k + k0) FLOP, at the achieved share of the peak; never
-                     faster than its operands pass through memory
-    collective       latency + bytes / rate of the slowest link on the way
-    ring             gather or scatter of S bytes over n ranks, m of them in each node: S (n - 1) / n bytes pass every link; the
-                     m ranks of a node share their m ports
+matrix product   tiles / (multiprocessors) rounded up, each 2 tm tn (k + k0) FLOP, at the achieved share of the peak; never
+                 faster than its operands pass through memory
+collective       latency + bytes / rate of the slowest link on the way
+ring             gather or scatter of S bytes over n ranks, m of them in each node: S (n - 1) / n bytes pass every link; the
+                 m ranks of a node share their m ports
 """
 
 from __future__ import annotations

@@ -78,7 +78,14 @@ class Hardware:
     """Where the numbers come from."""
 
     def __post_init__(self) -> None:
-        shares = ("gemm_bf16", "gemm_fp8", "attention_forward", "attention_backward", "memory_usable", "memory_efficiency")
+        shares = (
+            "gemm_bf16",
+            "gemm_fp8",
+            "attention_forward",
+            "attention_backward",
+            "memory_usable",
+            "memory_efficiency",
+        )
         shares += ("inside_efficiency", "between_efficiency")
         may_be_zero = ("inside_latency_us", "between_latency_us", "moe_layer_us", "permute_passes", "sharded_overlap")
         may_be_zero += ("gemm_half_depth", "attention_half_length")
@@ -157,10 +164,14 @@ def _load(source: str) -> Hardware:
     except json.JSONDecodeError as error:
         raise ValueError(f"hardware {source!r} is no JSON: {error}") from error
     if not isinstance(given, dict):
-        raise ValueError(f"hardware {source!r} holds a {type(given).__name__}; give one object with the fields of Hardware")
+        raise ValueError(
+            f"hardware {source!r} holds a {type(given).__name__}; give one object with the fields of Hardware"
+        )
     known = {field.name for field in fields(Hardware)}
     missing, unknown = sorted(known - set(given) - {"sources"}), sorted(set(given) - known)
     if missing or unknown:
-        raise ValueError(f"hardware {source!r}: missing {missing}, unknown {unknown}; give exactly the fields of Hardware")
+        raise ValueError(
+            f"hardware {source!r}: missing {missing}, unknown {unknown}; give exactly the fields of Hardware"
+        )
     sources = given.pop("sources", {})
     return Hardware(**given, sources=tuple(sorted(sources.items())))

@@ -11,7 +11,7 @@ from moe.planning.model import ModelConfig
 from moe.planning.places import MAPPINGS
 from moe.traffic import NAMES as DISPATCHERS
 
-SHARDING = ("optimizer", "gradients", "parameters")
+SHARDING = ("optimizer", "parameters")
 RECOMPUTE = ("none", "moe", "full")
 
 
@@ -30,9 +30,10 @@ class Job:
     mapping: str = "folded"
     """"folded", or "nested": EP inside DP, as before folding."""
     sharding: str = "optimizer"
-    """What data parallelism shards. "optimizer": its states (ZeRO-1). "gradients": gradients too, parameters are gathered for
-    each micro-batch and kept until its backward pass ends (ZeRO-2, FSDP without resharding). "parameters": gathered layer by
-    layer, twice a micro-batch (ZeRO-3)."""
+    """What data parallelism shards: "optimizer" states (ZeRO-1), or all "parameters" (ZeRO-3, FSDP): weights gathered layer by
+    layer for each forward and each backward pass, gradients reduced in bf16 after each."""
+    sharded_init: bool = False
+    """With sharding="parameters": whether weights are made in shards. Otherwise they are made whole first, and must fit so."""
     recompute: str = "auto"
     """What the backward pass computes again: "none", "moe" (the layer's MLP, exchanges included), "full" (layers), or "auto":
     the least that fits in memory."""
@@ -40,7 +41,7 @@ class Job:
     """Pipeline chunks a stage is cut into; 0: as many as the layers and the micro-batches allow."""
     imbalance: float = 1.0
     """Load of the busiest experts' rank over the mean; 1 with forced balance or a capacity factor of 1."""
-    causal_flops: bool = False
+    causal_flops: bool = True
     """Count only the causal half of attention in utilisation; see `ModelConfig.flops_per_token`."""
 
     def __post_init__(self) -> None:
@@ -59,7 +60,9 @@ class Job:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"Job got {name}={value!r}; give a whole number of at least {least}")
         if not isinstance(self.imbalance, (int, float)) or not 1 <= self.imbalance < float("inf"):
-            raise ValueError(f"Job got imbalance={self.imbalance!r}; the busiest rank has at least the mean: give 1 or more")
+            raise ValueError(
+                f"Job got imbalance={self.imbalance!r}; the busiest rank has at least the mean: give 1 or more"
+            )
 
     def but(self, **changes: Any) -> Job:
         """The same job with other choices."""

@@ -15,8 +15,9 @@ from moe.planning.costs import Costs
 from moe.planning.hardware import Hardware
 from moe.planning.job import Job
 from moe.planning.model import ModelConfig
-from moe.planning.places import Span, rows, span
+from moe.planning.places import Rows, Span, rows, span
 
+EXCHANGE = "expert exchange"
 ROW_BYTES = 2
 """Hidden states travel and lie in bf16."""
 
@@ -54,6 +55,17 @@ class Layers:
     def span(self, axes: str) -> Span:
         """How groups of these axes lie on nodes."""
         return span(self.folding, axes, self.job.mapping, self.hardware.ranks_per_node)
+
+    @cached_property
+    def rows(self) -> Rows:
+        """Rows that a rank sends to others' experts."""
+        m, per_node = self.model, self.hardware.ranks_per_node
+        return rows(self.folding, self.job.mapping, per_node, self.job.dispatcher, m.num_experts, m.topk)
+
+    @property
+    def exchange_leaves_node(self) -> bool:
+        """Whether experts' rows use the links between nodes."""
+        return self.rows.between > 0
 
     @property
     def shared_tokens(self) -> float:
@@ -138,28 +150,27 @@ class Layers:
 
     def _exchange(self, parts: Parts) -> None:
         """Dispatch and combine, forward and backward: each the same rows."""
-        job, m = self.job, self.model
-        r = rows(self.folding, job.mapping, self.hardware.ranks_per_node, job.dispatcher, m.num_experts, m.topk)
+        job, m, r = self.job, self.model, self.rows
         size = ROW_BYTES * self.tokens * m.hidden * job.imbalance
         staged = job.dispatcher == "hierarchical"
         over_ep = 2 * self.costs.exchange(size * r.inside, size * r.between, staged=staged)
         over_etp = 2 * self.costs.exchange(size * r.etp_inside, size * r.etp_between)
-        parts.put("expert exchange", over_ep, over_ep)
+        parts.put(EXCHANGE, over_ep, over_ep)
         parts.put("expert tensor exchange", over_etp, over_etp)
 
     # -- whole layers --------------------------------------------------------------------------------------------------
 
-    def layer(self, *, dense: bool, recompute: str) -> Parts:
-        """A whole layer; what is computed again is a part of its own."""
+    def layer(self, *, dense: bool, recompute: str, share: float) -> Parts:
+        """A whole layer; what is computed again, in a share of the layers, is a part of its own."""
         attention = self.attention()
         inner = self.mlp(self.model.dense_ffn) if dense else self.experts()
-        parts, again = Parts(), 0.0
+        parts = Parts()
         for half in (attention, inner):
             for part, (forward, backward) in half.items():
                 parts.put(part, forward, backward)
-        if recompute != "none":
+        if share:
             again = inner.total(0) + (attention.total(0) if recompute == "full" else 0)
-            parts.put("recomputation", 0.0, again)
+            parts.put("recomputation", 0.0, share * again)
         return parts
 
     def head(self) -> Parts:

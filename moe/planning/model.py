@@ -81,7 +81,10 @@ class ModelConfig:
             (self.topk <= self.num_experts, f"topk={self.topk} is more than num_experts={self.num_experts}"),
             (self.dense_layers <= self.layers, f"dense_layers={self.dense_layers} is more than layers={self.layers}"),
             (not self.dense_layers or self.dense_ffn > 0, f"dense_layers={self.dense_layers} needs dense_ffn"),
-            (latent or not (self.q_rank or self.rope_dim), "q_rank and rope_dim belong to latent attention: give kv_rank"),
+            (
+                latent or not (self.q_rank or self.rope_dim),
+                "q_rank and rope_dim belong to latent attention: give kv_rank",
+            ),
             (self.rope_dim < self.head_dim, f"rope_dim={self.rope_dim} leaves nothing of head_dim={self.head_dim}"),
         )
         for holds, words in rules:
@@ -145,14 +148,16 @@ class ModelConfig:
         idle = self.moe_layers * (self.num_experts - self.topk) * self.expert_parameters
         return self.parameters - idle
 
-    def flops_per_token(self, *, causal: bool = False) -> float:
+    def flops_per_token(self, *, causal: bool = True) -> float:
         """Forward and backward, as utilisation counts them: 6 a parameter, and attention's 6 S (d + d_v) a head.
 
         Args:
             causal: count only the half of attention that a causal mask leaves. Megatron-LM counted all of it until 2025, and
                 the published figures of that time do.
         """
-        matrices = self.moe_layers * self.topk * self.expert_parameters + self.dense_parameters + self.vocab * self.hidden
+        matrices = (
+            self.moe_layers * self.topk * self.expert_parameters + self.dense_parameters + self.vocab * self.hidden
+        )
         attention = self.layers * self.heads * self.sequence * (self.head_dim + self.v_head_dim)
         return 6 * matrices + 6 * attention * (0.5 if causal else 1.0)
 
@@ -182,10 +187,26 @@ MODELS = {
         layers=32, hidden=4096, heads=32, kv_heads=8, num_experts=8, topk=2, expert_ffn=14336, vocab=32000
     ),
     "qwen3-30b-a3b": ModelConfig(
-        layers=48, hidden=2048, heads=32, kv_heads=4, head_dim=128, num_experts=128, topk=8, expert_ffn=768, vocab=151936
+        layers=48,
+        hidden=2048,
+        heads=32,
+        kv_heads=4,
+        head_dim=128,
+        num_experts=128,
+        topk=8,
+        expert_ffn=768,
+        vocab=151936,
     ),
     "qwen3-235b-a22b": ModelConfig(
-        layers=94, hidden=4096, heads=64, kv_heads=4, head_dim=128, num_experts=128, topk=8, expert_ffn=1536, vocab=151936
+        layers=94,
+        hidden=4096,
+        heads=64,
+        kv_heads=4,
+        head_dim=128,
+        num_experts=128,
+        topk=8,
+        expert_ffn=1536,
+        vocab=151936,
     ),
     "deepseek-v3": ModelConfig(
         layers=61,

@@ -1,7 +1,7 @@
 """Which links a mapping's groups use: how many nodes a group spans, and the rows that experts' ranks exchange over each link.
 
-    folded      experts' ranks are the contiguous ETP x EP block of `moe.Folding`
-    nested      the mapping before folding: EP lies inside DP and ETP = TP, so EP ranks are TP x CP apart
+folded      experts' ranks are the contiguous ETP x EP block of `moe.Folding`
+nested      the mapping before folding: EP lies inside DP and ETP = TP, so EP ranks are TP x CP apart
 """
 
 from __future__ import annotations
@@ -54,7 +54,6 @@ def check_mapping(folding: Folding, mapping: str) -> None:
         )
 
 
-@lru_cache(maxsize=4096)
 def groups(folding: Folding, axes: str, mapping: str) -> list[list[int]]:
     """Groups of ranks of "tp", "cp", "pp", "cp-dp", "etp-ep" (in block order, ETP fastest) or "edp"."""
     check_mapping(folding, mapping)
@@ -72,22 +71,24 @@ def groups(folding: Folding, axes: str, mapping: str) -> list[list[int]]:
     return [[rank for _, rank in sorted(members)] for members in found.values()]
 
 
-@lru_cache(maxsize=4096)
 def span(folding: Folding, axes: str, mapping: str, ranks_per_node: int) -> Span:
     """How the groups of an axis lie on nodes.
 
     >>> span(Folding(world=32, tp=2, ep=8), "cp-dp", "folded", 8)
     Span(size=16, per_node=4, nodes=4)
     """
+    check_mapping(folding, mapping)
+    return _span(*_simplest(folding, axes, mapping), axes, ranks_per_node)
+
+
+@lru_cache(maxsize=4096)
+def _span(folding: Folding, mapping: str, axes: str, ranks_per_node: int) -> Span:
     found = groups(folding, axes, mapping)
     counts = [Counter(rank // ranks_per_node for rank in group) for group in found]
     return Span(len(found[0]), min(min(c.values()) for c in counts), max(len(c) for c in counts))
 
 
-@lru_cache(maxsize=4096)
-def rows(
-    folding: Folding, mapping: str, ranks_per_node: int, dispatcher: str, num_experts: int, topk: int
-) -> Rows:
+def rows(folding: Folding, mapping: str, ranks_per_node: int, dispatcher: str, num_experts: int, topk: int) -> Rows:
     """What one token of every rank makes the busiest rank send, by `moe.traffic`'s expected rows.
 
     >>> f = Folding(world=16, tp=2, ep=8, etp=2)
@@ -95,6 +96,12 @@ def rows(
     >>> r.inside, r.between, r.etp_inside
     (3.0, 4.0, 8.0)
     """
+    check_mapping(folding, mapping)
+    return _rows(*_simplest(folding, "etp-ep", mapping), ranks_per_node, dispatcher, num_experts, topk)
+
+
+@lru_cache(maxsize=4096)
+def _rows(folding: Folding, mapping: str, ranks_per_node: int, dispatcher: str, num_experts: int, topk: int) -> Rows:
     nodes = _block_nodes(folding, mapping, ranks_per_node)
     options = {}
     if dispatcher == "hierarchical":
@@ -107,6 +114,21 @@ def rows(
         same_expert = source // folding.etp == destination // folding.etp
         out[source][2 * same_expert + (not same_node)] += size
     return Rows(*(max(column) for column in zip(*out)))
+
+
+def _simplest(f: Folding, axes: str, mapping: str) -> tuple[Folding, str]:
+    """A mapping with the same groups on these axes that shares its cache entry with all others like it."""
+    if mapping == "nested" and axes in ("etp-ep", "edp"):
+        return f, mapping
+    kept = {
+        "tp": {"tp": f.tp},
+        "cp": {"tp": f.tp, "cp": f.cp},
+        "cp-dp": {"tp": f.tp, "pp": f.pp},
+        "pp": {"pp": f.pp},
+        "etp-ep": {"etp": f.etp, "ep": f.ep},
+        "edp": {"ep": f.etp * f.ep, "pp": f.pp},
+    }
+    return Folding(world=f.world, **kept[axes]), "folded"
 
 
 def _block_nodes(folding: Folding, mapping: str, ranks_per_node: int) -> tuple[int, ...]:
