@@ -17,7 +17,19 @@ from collections.abc import Iterable
 from tokenring.plan import Plan
 from tokenring.problem import QUERY_KINDS, Problem
 from tokenring.segments import Range, rows_in, union
-from tokenring.step import AHEAD_LANE, LANES, PAYLOAD_LANE, RETURN_LANE, Compute, Piece, Slot, Step, Sum, Transfer
+from tokenring.step import (
+    AHEAD_LANE,
+    LANES,
+    PAYLOAD_LANE,
+    RETURN_LANE,
+    Compute,
+    Located,
+    Piece,
+    Slot,
+    Step,
+    Sum,
+    Transfer,
+)
 
 RESULT_KINDS = ("out", "dq", "dkv")
 
@@ -39,6 +51,7 @@ class _Player:
         self.held: dict[str, Slot] = {what: problem.own(what, rank) for what in ("q", "kv")}
         self.names = set(self.held)
         self.used: defaultdict[str, list[Region]] = defaultdict(list)
+        self.located: dict[int, tuple[Slot, Located]] = {}
         self.where = ""
 
     def play(self, steps: tuple[Step, ...]) -> None:
@@ -117,10 +130,11 @@ class _Player:
         allowed = ("dq and dkv", "qd", "kv") if self.problem.backward else ("out", "q", "kv")
         if given != allowed:
             self._fail("computes {} of {} and {}; it must be {} of {} and {}".format(*given, *allowed))
+        q_rows, k_rows = q.rows, kv.rows
         for tile in compute.tiles:
-            inside = tile.q_start >= 0 and tile.q_stop <= q.rows and tile.k_start >= 0 and tile.k_stop <= kv.rows
+            inside = tile.q_start >= 0 and tile.q_stop <= q_rows and tile.k_start >= 0 and tile.k_stop <= k_rows
             if not inside or tile.trim() != tile:
-                self._fail(f"{tile} is not trimmed, or not inside {q.rows} query and {kv.rows} key rows")
+                self._fail(f"{tile} is not trimmed, or not inside {q_rows} query and {k_rows} key rows")
         self._grouped(compute, q, kv)
         rows = [(q, union((t.q_start, t.q_stop) for t in compute.tiles), heads)]
         rows.append((kv, union((t.k_start, t.k_stop) for t in compute.tiles), self.problem.key_heads(heads)))
@@ -170,17 +184,20 @@ class _Player:
 
     def _parted(self, slot: Slot, regions: list[Region]) -> bool:
         """Whether the regions are the slot's rows x heads, each once."""
-        whole = self._heads(slot)
+        whole, wanted = self._heads(slot), slot.rows
         edges = sorted({*whole, *(edge for _, heads in regions if heads is not None for edge in heads)})
         for first, last in itertools.pairwise(edges):
             ranges = [r for rows, heads in regions if heads is None or _within((first, last), heads) for r in rows]
-            if rows_in(ranges) != slot.rows or rows_in(union(ranges)) != slot.rows:
+            if rows_in(ranges) != wanted or rows_in(union(ranges)) != wanted:
                 return False
         return (edges[0], edges[-1]) == whole
 
     def _locate(self, slot: Slot, pieces: tuple[Piece, ...]) -> tuple[Range, ...]:
+        # By identity, beside the slot, which so stays alive: a workspace has as many pieces as transfers that fill it.
+        if id(slot) not in self.located:
+            self.located[id(slot)] = slot, Located(slot)
         try:
-            return slot.locate(pieces)
+            return self.located[id(slot)][1].rows(pieces)
         except ValueError as error:
             raise PlanError(f"{self.where}: {error}") from error
 

@@ -133,6 +133,11 @@ class Layout:
         """The same cut with its first position at `offset`."""
         return self if offset == self.offset else _moved(self, offset)
 
+    @property
+    def complete(self) -> bool:
+        """Whether the ranks together hold `offset` and the `total` positions from there on, each once."""
+        return _complete(self)
+
     def segments(self, rank: int) -> tuple[Segment, ...]:
         """The runs of one rank in local row order."""
         if not 0 <= rank < self.world:
@@ -254,6 +259,11 @@ def _moved(layout: Layout, offset: int) -> Layout:
 @lru_cache(maxsize=8192)
 def _row_starts(layout: Layout, rank: int) -> list[int]:
     return list(accumulate((run.count for run in layout.runs[rank]), initial=0))
+
+
+@lru_cache(maxsize=256)
+def _complete(layout: Layout) -> bool:
+    return _each_once([run for rank in layout.at(0).runs for run in rank])
 
 
 def _each_once(runs: list[Segment]) -> bool:

@@ -61,28 +61,35 @@ class Slot:
 
     def locate(self, wanted: Iterable[Piece]) -> tuple[Range, ...]:
         """Where the rows of some pieces lie in this slot, in the order of those pieces; neighbours joined."""
-        held = self._held()
+        return Located(self).rows(wanted)
+
+
+class Located:
+    """Where the rows of a slot lie, sorted out once for many questions."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.name = slot.name
+        self.held: dict[int, list[tuple[int, int, int]]] = {}
+        """For each owner (first row there, past the last, first row here), in the order of the owner's rows."""
+        row = 0
+        for piece in slot.pieces:
+            self.held.setdefault(piece.owner, []).append((piece.start, piece.stop, row))
+            row += piece.rows
+        for runs in self.held.values():
+            runs.sort()
+
+    def rows(self, wanted: Iterable[Piece]) -> tuple[Range, ...]:
+        """`Slot.locate`."""
         found: list[Range] = []
         for piece in wanted:
             at = piece.start
             while at < piece.stop:
-                first, last = self._run(held.get(piece.owner, ()), piece.owner, at, piece.stop)
+                first, last = self._run(self.held.get(piece.owner, ()), piece.owner, at, piece.stop)
                 at += last - first
                 if found and found[-1][1] == first:
                     first = found.pop()[0]
                 found.append((first, last))
         return tuple(found)
-
-    def _held(self) -> dict[int, list[tuple[int, int, int]]]:
-        """For each owner (first row there, past the last, first row here), in the order of the owner's rows."""
-        held: dict[int, list[tuple[int, int, int]]] = {}
-        row = 0
-        for piece in self.pieces:
-            held.setdefault(piece.owner, []).append((piece.start, piece.stop, row))
-            row += piece.rows
-        for runs in held.values():
-            runs.sort()
-        return held
 
     def _run(self, runs: Sequence[tuple[int, int, int]], owner: int, start: int, stop: int) -> Range:
         index = bisect_right(runs, (start, END, END)) - 1

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import tokenring as tr
 from tokenring.check import PlanError
+from tokenring.check_live import check_live
 from tokenring.plan import Plan
 from tokenring.problem import Problem
 from tokenring.segments import Segment, Tile, band_tile, fuse, union
@@ -213,13 +214,11 @@ def test_check_finds_a_deadlock() -> None:
 
         return tuple(part(step) for step in range(3))
 
-    from tokenring.check import _live
-
     in_order = [builder(plan.problem, r) for r in range(3)]
-    _live(in_order)
+    check_live(in_order)
     stuck = [in_order[0], (Step(), in_order[1][0], in_order[1][1]), in_order[2]]
     with pytest.raises(PlanError, match="deadlock: rank"):
-        _live(stuck)
+        check_live(stuck)
 
 
 @given(st.integers(0, 12), st.integers(0, 12), st.integers(0, 12), st.integers(0, 12),
