@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from moe.dispatch import build_dispatcher
 from moe.experts import Experts, SharedExperts
+from moe.placement import Placement, sum_over_replicas
 from moe.router import Router, Routing
+from tokenring.transport import connect
 
 
 class MoELayer(nn.Module):
@@ -32,6 +34,8 @@ class MoELayer(nn.Module):
         activation, backend: of the experts; see `moe.experts`.
         shared_ffn_size: F of shared experts; None: none. shared_gate: whether a gate of each token scales them.
         chunks: m; every rank must give the same.
+        placement: which expert is in which slot of which rank, replicas too (`moe.placement`); None: experts in order, once each.
+            With replicas call `sum_replica_gradients` before each optimiser step.
         router: options of `moe.RouterConfig`.
 
     Gradients of the router and the shared experts are this rank's share, to be summed over all ranks that call the layer; those of
@@ -60,6 +64,7 @@ class MoELayer(nn.Module):
         shared_ffn_size: int | None = None,
         shared_gate: bool = False,
         chunks: int = 1,
+        placement: Placement | None = None,
         router: dict[str, Any] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -67,11 +72,15 @@ class MoELayer(nn.Module):
         super().__init__()
         if chunks < 1:
             raise ValueError(f"chunks is {chunks}; give at least 1")
-        self.chunks = chunks
+        if placement is not None and placement.num_experts != num_experts:
+            raise ValueError(
+                f"placement is for {placement.num_experts} experts; give one for num_experts={num_experts}"
+            )
+        self.chunks, self.placement = chunks, placement
         self.router = Router(hidden_size, num_experts, topk, group=sequence_group, **(router or {})).to(device)
         self.dispatcher = build_dispatcher(
             dispatcher,
-            num_experts=num_experts,
+            num_experts=num_experts if placement is None else len(placement.slots),
             ep_group=ep_group,
             etp_group=etp_group,
             ranks_per_node=ranks_per_node,
@@ -88,6 +97,9 @@ class MoELayer(nn.Module):
             backend=backend,
             **kind,
         )
+        self._ep = connect(ep_group)
+        if placement is not None and placement.ranks != self._ep.world:
+            raise ValueError(f"placement is for {placement.ranks} ranks; the EP group has {self._ep.world}")
         self.shared = None
         if shared_ffn_size is not None:
             self.shared = SharedExperts(hidden_size, shared_ffn_size, gate=shared_gate, **kind)
@@ -111,8 +123,16 @@ class MoELayer(nn.Module):
             given["sequences"] = rows.repeat_interleave(hidden.shape[1])
         routing = self.router(tokens, **given)
         weights = routing.expert_weights if return_routing else routing.attached_weights()
-        out = self._experts(tokens, routing.expert_ids, weights).view_as(hidden)
+        ids = routing.expert_ids
+        if self.placement is not None:
+            ids = self.placement.to_slots(ids, self._ep.rank)
+        out = self._experts(tokens, ids, weights).view_as(hidden)
         return (out, routing) if return_routing else out
+
+    def sum_replica_gradients(self) -> None:
+        """Collective over the EP group: replicas of an expert get the sum of their gradients, alike on all ranks."""
+        if self.placement is not None:
+            sum_over_replicas(self.experts.parameters(), self.placement, self._ep)
 
     def _experts(self, tokens: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Dispatch of part i + 1 and combine of part i - 1 are under way while the experts work on part i."""
