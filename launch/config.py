@@ -2,7 +2,7 @@
 
 The text under a field is its help on the command line; `flag` in its metadata is its short way in. Each value is checked
 where it is made, so a `RunConfig` that exists is one whose values are legal by themselves (whether the files exist and the
-parts fit together is `launch.checks`).
+parts fit together is `launch.preflight`). The model and how it is spread over the ranks: `launch.config_model`.
 
     >>> config = RunConfig(video=VideoConfig(paths=("a.mp4",)), engine=EngineConfig(nproc=4))
     >>> config.reduce.spec, from_json(to_json(config)) == config
@@ -15,15 +15,10 @@ import json
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import ClassVar
 
+from launch.config_model import AttentionConfig, ModelConfig, MoEConfig
 from launch.errors import ConfigError
 from launch.section import Section, option
 
-SCHEDULES = (
-    *("auto", "ring", "biring", "tokenring", "gather"),
-    *("mesh:AxB", "ulysses", "usp:UxR", "hybrid:OUTER/INNER@SIZE"),
-)
-LAYOUTS = ("zigzag", "contiguous")
-DTYPES = ("float32", "bfloat16", "float16")
 ENGINES = ("torchrun", "ray", "mpi")
 DEVICES = ("auto", "cpu", "cuda")
 RAY_STRATEGIES = ("PACK", "SPREAD")
@@ -64,24 +59,6 @@ class VideoConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(Section):
-    """The model that watches and writes."""
-
-    section: ClassVar[str] = "model"
-
-    source: str = option("--model", "demo")
-    """Directory of a Hugging Face vision-language model, or `demo` (needs no download)."""
-    dtype: str = option("--dtype", "float32")
-    """Type of weights and activations: float32, bfloat16 or float16."""
-
-    def __post_init__(self) -> None:
-        self.check_types()
-        if not self.source:
-            raise self.refuse("source", "give a model directory, or `demo`")
-        self.one_of("dtype", DTYPES)
-
-
-@dataclass(frozen=True, kw_only=True)
 class ReduceConfig(Section):
     """How visual tokens become fewer."""
 
@@ -97,30 +74,6 @@ class ReduceConfig(Section):
         if not self.spec:
             raise self.refuse("spec", "give METHOD:BUDGET such as divprune:0.1, or identity to keep every token")
         self.within("window", 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionConfig(Section):
-    """How the sequence is spread over the ranks and attended to."""
-
-    section: ClassVar[str] = "attention"
-
-    kind: str = option("--attention", "exact")
-    """Only `exact` (dense attention) so far."""
-    schedule: str = option("--schedule", "auto")
-    """How keys, values and queries travel: auto, ring, biring, tokenring, gather, mesh:AxB, ulysses, usp:UxR or
-    hybrid:OUTER/INNER@SIZE; the numbers must multiply to the ranks."""
-    layout: str = option("--layout", "zigzag")
-    """Which rows each rank holds: zigzag (balanced under a causal mask) or contiguous."""
-
-    def __post_init__(self) -> None:
-        self.check_types()
-        if self.kind == "anchor":
-            raise self.refuse("kind", "sparse prefill across ranks is not built yet; use exact")
-        self.one_of("kind", ("exact",))
-        if self.schedule.partition(":")[0] not in {name.partition(":")[0] for name in SCHEDULES}:
-            raise self.refuse("schedule", f"it must be one of {', '.join(SCHEDULES)}")
-        self.one_of("layout", LAYOUTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +183,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     reduce: ReduceConfig = field(default_factory=ReduceConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
@@ -237,7 +191,10 @@ class RunConfig:
 
 SECTIONS: dict[str, type[Section]] = {
     cls.section: cls
-    for cls in (VideoConfig, ModelConfig, ReduceConfig, AttentionConfig, GenerateConfig, EngineConfig, OutputConfig)
+    for cls in (
+        *(VideoConfig, ModelConfig, ReduceConfig, AttentionConfig, MoEConfig),
+        *(GenerateConfig, EngineConfig, OutputConfig),
+    )
 }
 
 

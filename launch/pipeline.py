@@ -2,18 +2,20 @@
 
 read ─ encode ─ reduce          launch.watch      frames sharded over the ranks, a window at a time
 splice                          launch.spread     kept rows move to the ranks that the layout names
-prefill ─ decode                launch.generate   tokenring.attention, then tokenring.decode_attention
+prefill ─ decode                launch.generate   tokenring.attention, then tokenring.decode_attention; launch.experts
 verify                          launch.verify     the same on one rank, if asked
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from launch.config import RunConfig
 from launch.errors import ConfigError
+from launch.experts import Experts
 from launch.generate import Answer, write
 from launch.models import load
 from launch.models.base import Adapter, Prompt, VisualPlan
@@ -54,13 +56,14 @@ class _Run:
         stages.log.stage("load")
         with stages.span("load"):
             self.adapter = _load(config)
+            self.experts = Experts.spread(self.adapter, config, runtime)
             self.frames = planned_frames(config.video)
         self.started = stages.log.clock()
 
     def record(self) -> RankRecord:
         """Do it all."""
         adapter, stages, runtime = self.adapter, self.stages, self.runtime
-        with count_traffic(runtime) as traffic:
+        with count_traffic(runtime) as traffic, self.experts.counting() if self.experts else nullcontext():
             plan, cut, kept = self.watch()
             who, short, layout, part = self.splice(plan, kept)
             answer, cache = self.write(short, layout, part)
@@ -76,6 +79,7 @@ class _Run:
             peak_bytes=max(stages.peak_bytes.values()),
             stage_peak_bytes=stages.peak_bytes,
             bytes_sent=sent,
+            experts=None if self.experts is None else self.experts.record(),
             generated_ids=answer.ids,
             text=adapter.decode(answer.ids),
             seconds={**stages.seconds, "first_token": answer.first_token_at - self.started},

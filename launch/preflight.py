@@ -11,7 +11,8 @@ from pathlib import Path
 from launch.assets import SOURCES, find
 from launch.config import ReduceConfig, RunConfig, VideoConfig
 from launch.errors import ConfigError
-from launch.models import check
+from launch.experts import FAMILIES, check_experts
+from launch.models import DEMOS, check
 from launch.models.base import VisualPlan
 from launch.video import FramePlan, join, plan_frames
 from launch.watch import Windows
@@ -37,9 +38,11 @@ def preflight(config: RunConfig) -> Preflight:
         ValueError: one line that says what was given, what is allowed and how to mend it.
     """
     check_name(config.attention.schedule, config.engine.nproc, backward=False)
+    family = check(config.model.source)
+    check_experts(config, family, _demo_ffn() if family in FAMILIES else None)
     method, budget = method_of(config.reduce)
     frames = planned_frames(config.video)
-    if check(config.model.source) != "demo":
+    if family not in DEMOS:
         return Preflight(len(frames), None, None)
     from launch.encoder import GRID, SIDE
 
@@ -78,6 +81,14 @@ def cut_windows(plan: VisualPlan, config: ReduceConfig, method: Reducer, budget:
         return Windows.cut(plan, config.window, method, budget)
     except ValueError as error:
         raise ConfigError(f"reduce.spec is {config.spec!r} with reduce.window {config.window}: {error}") from error
+
+
+def _demo_ffn() -> int:
+    """Width of the demo's feed-forward networks."""
+    from launch.assets import demo_dir
+    from launch.models.files import read_json
+
+    return int(read_json(demo_dir() / "smollm2" / "config.json")["intermediate_size"])
 
 
 def _enough_rows(config: RunConfig, plan: VisualPlan, after: int) -> None:

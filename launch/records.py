@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from launch.experts_report import merge_experts
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -56,6 +58,8 @@ class RankRecord:
     """The same for each stage."""
     bytes_sent: dict[int, int] = field(default_factory=dict)
     """Destination rank -> payload bytes that left this rank for it."""
+    experts: dict[str, Any] | None = None
+    """What `launch.experts.Experts.record` gives, where the model has experts."""
     generated_ids: list[int] = field(default_factory=list)
     """Tokens written, in order; the same on every rank."""
     text: str = ""
@@ -136,6 +140,7 @@ def merge(
             "peak_bytes_per_rank": [record.peak_bytes for record in ordered],
             "stage_peak_bytes_per_rank": [record.stage_peak_bytes for record in ordered],
             "bytes_sent": [[r.bytes_sent.get(peer, 0) for peer in range(len(ordered))] for r in ordered],
+            "experts": merge_experts([record.experts for record in ordered]),
             "generated_ids": first.generated_ids,
             "text": first.text,
             "seconds": {**stages, **(seconds or {})},

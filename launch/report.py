@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from launch.experts_report import expert_lines, expert_rows
+
 WIDEST_MATRIX = 12
 """Ranks up to which bytes are shown link by link; the JSON always has all of them."""
 
@@ -38,6 +40,7 @@ def blocks(report: Mapping[str, Any]) -> list[Table | Lines]:
         _summary(report),
         _ranks(report),
         _links(report),
+        *_experts(report),
         _stages(report),
         _verify(report),
         Lines("Warnings", tuple(report["warnings"]), urgent=True) if report["warnings"] else None,
@@ -146,6 +149,19 @@ def _links(report: Mapping[str, Any]) -> Table | Lines | None:
         for source, row in enumerate(report["bytes_sent"])
     )
     return Table("Bytes per link", ("from \\ to", *map(str, range(world))), rows)
+
+
+def _experts(report: Mapping[str, Any]) -> list[Table | Lines]:
+    """Experts' bytes beside all others: frames' tokens on their way to their ranks, and attention."""
+    if report["experts"] is None:
+        return []
+    rows = expert_rows(report)
+    named = [(str(rank), row) for rank, row in enumerate(rows)]
+    if len(rows) > 1:
+        named.append(("all", tuple(map(sum, zip(*rows)))))
+    shown = tuple((name, f"{tokens:,}", *map(human_bytes, sizes)) for name, (tokens, *sizes) in named)
+    headers = ("rank", "tokens of experts, prefill", "rows sent", "metadata sent", "sent for all else")
+    return [Lines("Experts", expert_lines(report["experts"])), Table("Bytes of experts", headers, shown)]
 
 
 def _stages(report: Mapping[str, Any]) -> Table:

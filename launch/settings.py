@@ -16,7 +16,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import launch.config
 from launch.config import SECTIONS, RunConfig, settings
 from launch.errors import ConfigError, one_line
 from launch.section import WORDS, of_type
@@ -79,11 +78,11 @@ def resolve(
 
 @cache
 def help_texts() -> dict[str, str]:
-    """The docstring under each field of `launch.config`, by dotted name: the one text for code and command line."""
+    """The docstring under each field of a section, by dotted name: the one text for code and command line."""
     texts = {}
-    tree = ast.parse(inspect.getsource(launch.config))
     sections = {cls.__name__: name for name, cls in SECTIONS.items()}
-    for node in tree.body:
+    homes = dict.fromkeys(inspect.getmodule(cls) for cls in SECTIONS.values())
+    for node in (node for home in homes for node in ast.parse(inspect.getsource(home)).body):
         if not isinstance(node, ast.ClassDef) or node.name not in sections:
             continue
         for statement, after in zip(node.body, node.body[1:]):

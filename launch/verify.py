@@ -1,7 +1,7 @@
 """The same input on one rank with plain attention: are the logits the same, and the tokens?
 
 Rank 0 takes the reduced sequence as it left the reduction (not as the ranks received it), runs transformers' own sdpa and
-eager attention over it and the written tokens in one pass, and compares
+eager attention over it and the written tokens in one pass (a model upcycled to experts: with its dense networks), and compares
 
     written     logits of every position that produced a token: at most `tolerance` apart
     all         logits of every position of the prompt: at most twice as far apart as sdpa and eager are from each other,
@@ -71,7 +71,8 @@ def _alone(adapter: Adapter, short: Prompt, x: Tensor, planes: Tensor | None, wr
     former = adapter.text_model.config._attn_implementation
     adapter.text_model.set_attn_implementation(kind)
     try:
-        return adapter.forward(splice(adapter, ids, x), positions, None, planes, rows)
+        with adapter.alone():
+            return adapter.forward(splice(adapter, ids, x), positions, None, planes, rows)
     finally:
         adapter.text_model.set_attn_implementation(former)
 

@@ -1,4 +1,4 @@
-"""The video language models the launcher can run: `load("demo")` or `load(directory)`.
+"""The video language models the launcher can run: `load("demo")`, `load("demo-moe")` or `load(directory)`.
 
 `check(source)` says at once, without loading weights, whether a source can be used; the launcher asks before it starts workers.
 """
@@ -14,29 +14,31 @@ from launch.models.files import check as _check
 if TYPE_CHECKING:
     from launch.models.base import Adapter
 
-__all__ = ["FAMILIES", "check", "load"]
+__all__ = ["DEMOS", "FAMILIES", "check", "load"]
+
+DEMOS = ("demo", "demo-moe")
 
 
 def check(source: str | Path) -> str:
-    """The family of a source ("demo" is its own), found without loading weights.
+    """The family of a source (each of `DEMOS` is its own), found without loading weights.
 
     Raises:
         ValueError: the source cannot be used; one line says why and what is allowed.
     """
-    if str(source) != "demo":
+    if str(source) not in DEMOS:
         return _check(source)
     from launch import assets
 
     for name in ("vit_onnx", "smollm2_gguf"):
         assets.find(name)
-    return "demo"
+    return str(source)
 
 
 def load(source: str | Path, dtype: Any = None, device: Any = "cpu") -> Adapter:
     """The adapter of a model.
 
     Args:
-        source: "demo", or a local Hugging Face directory of Qwen2.5-VL, Qwen3-VL or LLaVA-OneVision. Nothing is downloaded.
+        source: one of `DEMOS`, or a local Hugging Face directory of Qwen2.5-VL, Qwen3-VL or LLaVA-OneVision. Nothing is downloaded.
         dtype: torch dtype of the weights; torch.float32 where none is given.
         device: where the weights go.
 
@@ -47,10 +49,11 @@ def load(source: str | Path, dtype: Any = None, device: Any = "cpu") -> Adapter:
 
     family = check(source)
     dtype = torch.float32 if dtype is None else dtype
-    if family == "demo":
+    if family in DEMOS:
         from launch.models.demo import DemoAdapter
+        from launch.models.demo_moe import DemoMoeAdapter
 
-        return DemoAdapter.load(dtype, device)
+        return (DemoAdapter if family == "demo" else DemoMoeAdapter).load(dtype, device)
     if family == "llava_onevision":
         from launch.models.llava import LlavaAdapter
 

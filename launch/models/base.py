@@ -13,13 +13,17 @@ Every row keeps the position it has in the unreduced prompt; nothing is renumber
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from token_reduction import VisualTokens
+
+if TYPE_CHECKING:
+    from launch.models.upcycled import ExpertBlock, SpreadLayer
 
 VISUAL = -1  # in Prompt.input_ids: a visual row goes here
 NEWLINE = -2  # in Prompt.input_ids: a row the model learned for "end of video" and that no token id stands for
@@ -147,6 +151,17 @@ class Adapter(Protocol):
             visual_rows: int64 (V,), ascending: which of the S rows are visual.
         """
 
+    def alone(self) -> AbstractContextManager[None]:
+        """Inside, `forward` talks to no other rank and computes what the model is defined to compute."""
+
+    def spread_experts(self, block: ExpertBlock, keep_dense: bool) -> Sequence[SpreadLayer]:
+        """Collective: leave this rank with its own experts of every layer; gives these layers, none where a model has none.
+
+        Args:
+            block: sizes and groups.
+            keep_dense: whether `alone` will be used here.
+        """
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., hidden) -> (..., vocabulary), float32 (float64 for a float64 model)."""
 
@@ -232,6 +247,14 @@ class TextSide:
             **self._plane_arguments(embeds, planes, visual_rows),
         )
         return out.last_hidden_state
+
+    def alone(self) -> AbstractContextManager[None]:
+        """See Adapter. Attention is told by others where it runs; the rest of a dense model is this rank's business anyway."""
+        return nullcontext()
+
+    def spread_experts(self, block: ExpertBlock, keep_dense: bool) -> Sequence[SpreadLayer]:
+        """See Adapter. There are none."""
+        return ()
 
     def _plane_arguments(self, embeds: Tensor, planes: Tensor | None, visual_rows: Tensor | None) -> dict[str, Any]:
         assert planes is None or self.planes == 0

@@ -21,13 +21,13 @@ def check(source: str | Path) -> str:
     >>> check("/no/such/model")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    ValueError: model '/no/such/model' is no directory; give "demo" or a local directory of a Hugging Face model ...
+    ValueError: model '/no/such/model' is no directory; give "demo", "demo-moe" or a local directory of a Hugging Face model ...
     """
     path = Path(source)
     supported = f"({', '.join(FAMILIES.values())})"
     if not path.is_dir():
         raise ValueError(
-            f'model {str(source)!r} is no directory; give "demo" or a local directory of a Hugging Face model {supported}'
+            f'model {str(source)!r} is no directory; give "demo", "demo-moe" or a local directory of a Hugging Face model {supported}'
         )
     if not (path / "config.json").is_file():
         raise ValueError(

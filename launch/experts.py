@@ -1,0 +1,153 @@
+"""Experts over the ranks of a run: which folding, which groups, and what it cost.
+
+attention   CP = all ranks                                     one sequence, spread
+experts     ETP x EP x EDP = all ranks, ETP varying fastest    `moe.Folding` over the same ranks
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from launch.config import RunConfig
+from launch.errors import ConfigError
+from launch.models.base import Adapter
+from launch.models.upcycled import ExpertBlock, SpreadLayer
+from moe import Folding
+from moe.dispatch import MoETraffic
+from tokenring.transport import Transport, connect
+
+FAMILIES = ("demo-moe",)
+"""Models that have experts."""
+
+
+def folding_of(config: RunConfig, ffn_size: int) -> Folding:
+    """The mapping of a run: attention's CP over all ranks, experts as configured.
+
+    Raises:
+        ConfigError: it breaks a rule, which is named with the nearest legal mapping.
+    """
+    moe, world = config.moe, config.engine.nproc
+    ep = math.gcd(moe.experts, max(1, world // moe.etp)) if moe.ep is None else moe.ep
+    try:
+        folding = Folding(world=world, cp=world, ep=ep, etp=moe.etp)
+        folding.check_model(num_experts=moe.experts, expert_ffn=ffn_size)
+    except ValueError as error:
+        raise ConfigError(f"moe.ep is {moe.ep}, moe.etp is {moe.etp}, engine.nproc is {world}: {error}") from error
+    block, per_node = ep * moe.etp, moe.ranks_per_node
+    if per_node is not None and (block % per_node or per_node % moe.etp):
+        raise ConfigError(
+            f"moe.ranks_per_node is {per_node}: it must divide ep x etp = {block} and be a multiple of etp = {moe.etp}"
+        )
+    return folding
+
+
+def check_experts(config: RunConfig, family: str, ffn_size: int | None = None) -> None:
+    """Refuse experts' settings that a model cannot use. Raises ConfigError."""
+    if family in FAMILIES:
+        assert ffn_size is not None
+        folding_of(config, ffn_size)
+    elif config.moe.given:
+        name = config.moe.given[0]
+        raise ConfigError(
+            f"moe.{name} is {getattr(config.moe, name)!r}, but model {config.model.source} has no experts; leave it out or "
+            f"give --model {FAMILIES[0]}"
+        )
+
+
+def node_size(hosts: Sequence[int], block: int, etp: int) -> int | None:
+    """Ranks of one node of an EP x ETP block, where machines cut it into equal nodes of whole ETP groups; else None: one node.
+
+    >>> node_size([7, 7, 9, 9], block=4, etp=1), node_size([7, 7, 7, 7], block=4, etp=1), node_size([7, 9, 7, 9], 4, 1)
+    (2, None, None)
+    """
+    size = next((i for i, host in enumerate(hosts) if host != hosts[0]), len(hosts))
+    regular = all(host == hosts[i - i % size] for i, host in enumerate(hosts))
+    regular &= len(set(hosts[::size])) == len(hosts[::size])
+    return size if regular and size < block and block % size == 0 and size % etp == 0 else None
+
+
+@dataclass
+class Experts:
+    """The experts of one rank."""
+
+    folding: Folding
+    block: ExpertBlock
+    layers: Sequence[SpreadLayer]
+    rank: int
+    moved: MoETraffic | None = field(default=None, repr=False)
+
+    @classmethod
+    def spread(cls, adapter: Adapter, config: RunConfig, runtime: Transport) -> Experts | None:
+        """Collective over all ranks: leave every rank with its own experts. None where the model has none."""
+        if adapter.name not in FAMILIES:
+            return None
+        folding = folding_of(config, adapter.text_model.config.intermediate_size)
+        block = _block(config, folding, runtime)
+        keep_dense = config.output.verify and runtime.rank == 0
+        return cls(folding, block, adapter.spread_experts(block, keep_dense), runtime.rank)
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count what dispatch and combine send from here."""
+        # one for all: the layers share their groups, and bytes are counted by group
+        with self.layers[0].layer.dispatcher.count_traffic() as self.moved:
+            yield
+
+    def record(self) -> dict[str, Any]:
+        """This rank's share of the report; see `launch.experts_report.merge_experts`."""
+        assert self.moved is not None
+        f, here = self.folding, self.folding.coordinates(self.rank)
+        return {
+            "experts": self.block.experts,
+            "topk": self.block.topk,
+            "ep": f.ep,
+            "etp": f.etp,
+            "edp": f.edp,
+            "ep_rank": here["ep"],
+            "etp_rank": here["etp"],
+            "dispatcher": self.layers[0].dispatcher.name,
+            "ranks_per_node": self.block.ranks_per_node,
+            "bytes_sent": self._to_ranks(self.moved.rows),
+            "metadata_bytes_sent": self._to_ranks(self.moved.metadata),
+            "prefill_tokens": [layer.prefill_tokens.tolist() for layer in self.layers],
+        }
+
+    def _to_ranks(self, sent: dict[tuple[int, int], int]) -> list[int]:
+        """Bytes for each rank of the run, from bytes between places of the EP x ETP block."""
+        block = next(group for group in self.folding.moe_groups("etp-ep") if self.rank in group)
+        row = [0] * self.folding.world
+        for (_, place), size in sent.items():
+            row[block[place]] = size
+        return row
+
+
+def _block(config: RunConfig, folding: Folding, runtime: Transport) -> ExpertBlock:
+    moe, size = config.moe, folding.ep * folding.etp
+    groups: dict[str, Any] = {}
+    per_node = moe.ranks_per_node
+    if size > 1:
+        made = folding.create_groups()
+        groups = {"ep_group": made["ep"], "etp_group": made["etp"]}
+        for group in groups.values():
+            connect(group, timeout_seconds=config.engine.exchange_timeout_seconds)
+        if per_node is None and moe.dispatcher in ("hierarchical", "auto"):
+            host = torch.tensor([zlib.crc32(socket.gethostname().encode())], device=runtime.device)
+            hosts = runtime.all_gather(host, same_shape=True, control=True)
+            per_node = node_size([int(one) for one in hosts], size, folding.etp)
+    return ExpertBlock(
+        experts=moe.experts,
+        topk=moe.topk,
+        dispatcher=moe.dispatcher,
+        ranks_per_node=per_node,
+        chunks=moe.chunks,
+        seed=config.generate.seed,
+        **groups,
+    )
