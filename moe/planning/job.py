@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from moe.folding import Folding
@@ -67,6 +67,17 @@ class Job:
     def but(self, **changes: Any) -> Job:
         """The same job with other choices."""
         return replace(self, **changes)
+
+
+def job_of(job: Job | None, choices: dict[str, Any]) -> Job:
+    """A job with some of its fields replaced, or made from them."""
+    known = [field.name for field in fields(Job)]
+    unknown = sorted(set(choices) - set(known))
+    if unknown:
+        raise ValueError(f"a Job has no {', '.join(unknown)}; it has {', '.join(known)}")
+    if job is None and "global_batch" not in choices:
+        raise ValueError("no job is given; give global_batch=, the sequences of one step, or job=")
+    return Job(**choices) if job is None else job.but(**choices)
 
 
 def micro_batches(job: Job, folding: Folding) -> int:

@@ -13,7 +13,7 @@ from functools import cached_property
 from moe.folding import Folding
 from moe.planning.costs import Costs
 from moe.planning.hardware import Hardware
-from moe.planning.job import Job
+from moe.planning.job import Job, chunks
 from moe.planning.model import ModelConfig
 from moe.planning.places import Rows, Span, rows, span
 
@@ -46,6 +46,11 @@ class Layers:
     folding: Folding
     job: Job
     hardware: Hardware
+
+    def __post_init__(self) -> None:
+        chunks(self.job, self.folding, self.model)
+        # refuses mappings and dispatchers that do not go together
+        self.rows  # noqa: B018
 
     @cached_property
     def costs(self) -> Costs:

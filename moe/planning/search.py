@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from moe.folding import Folding
 from moe.planning.hardware import Hardware
-from moe.planning.job import Job
+from moe.planning.job import Job, job_of
 from moe.planning.model import ModelConfig
 from moe.planning.model import model as by_name
 from moe.planning.step import Step, plan
@@ -79,7 +79,7 @@ def search(
     """
     sizes = by_name(model) if isinstance(model, str) else model
     machine = Hardware.load(hardware) if isinstance(hardware, str) else hardware
-    way = Job(**choices) if job is None else job.but(**choices)
+    way = job_of(job, choices)
     tried = [way.but(micro_batch=size) for size in micro_batches]
     if isinstance(world, bool) or not isinstance(world, int) or world < 1:
         raise ValueError(f"world is {world!r}; give a whole number of ranks, at least 1")

@@ -10,12 +10,13 @@ travel for every micro-batch.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 from moe.folding import Folding
 from moe.planning.hardware import Hardware
-from moe.planning.job import Job, chunks, micro_batches
+from moe.planning.job import Job, chunks, job_of, micro_batches
 from moe.planning.layers import EXCHANGE, ROW_BYTES, Layers, Parts
 from moe.planning.memory import Memory, memory, rank_parameters, stage_layers
 from moe.planning.model import ModelConfig
@@ -45,10 +46,14 @@ class Step:
     """What the backward pass computes again: "none", "moe", "full"."""
     again: int
     """In how many layers of each stage."""
-    parts: dict[str, float]
-    """Seconds of the slowest rank by part; they sum to `seconds`."""
     memory: Memory
     """Bytes of the fullest rank."""
+
+    @cached_property
+    def parts(self) -> dict[str, float]:
+        """Seconds of the slowest rank by part; they sum to `seconds`."""
+        layers = Layers(self.model, self.folding, self.job, self.hardware)
+        return _seconds(layers, self.recompute, self.again)
 
     @cached_property
     def seconds(self) -> float:
@@ -110,7 +115,7 @@ def plan(
     """
     sizes = by_name(model) if isinstance(model, str) else model
     machine = Hardware.load(hardware) if isinstance(hardware, str) else hardware
-    way = Job(**choices) if job is None else job.but(**choices)
+    way = job_of(job, choices)
     folding.check_model(
         num_experts=sizes.num_experts,
         heads=sizes.heads,
@@ -120,8 +125,7 @@ def plan(
     )
     layers = Layers(sizes, folding, way, machine)
     recompute, again = _least_recomputation(layers)
-    seconds = _seconds(layers, recompute, again)
-    return Step(sizes, folding, way, machine, recompute, again, seconds, memory(layers, recompute, again))
+    return Step(sizes, folding, way, machine, recompute, again, memory(layers, recompute, again))
 
 
 def _least_recomputation(layers: Layers) -> tuple[str, int]:
@@ -129,12 +133,19 @@ def _least_recomputation(layers: Layers) -> tuple[str, int]:
     count, wanted = stage_layers(layers), layers.job.recompute
     if wanted != "auto":
         return wanted, 0 if wanted == "none" else count
-    room = layers.hardware.memory_bytes
+    if _spare(layers, "none", 0) >= 0:
+        return "none", 0
     for recompute in ("moe", "full"):
-        for again in range(count + 1):
-            if memory(layers, recompute, again).total <= room:
-                return (recompute if again else "none"), again
+        # memory falls with every further layer, so a bisection finds the first number that fits
+        spare = partial(_spare, layers, recompute)
+        again = 1 + bisect_left(range(1, count + 1), 0, key=spare)
+        if again <= count:
+            return recompute, again
     return "full", count
+
+
+def _spare(layers: Layers, recompute: str, again: int) -> float:
+    return layers.hardware.memory_bytes - memory(layers, recompute, again).total
 
 
 def _seconds(layers: Layers, recompute: str, again: int) -> dict[str, float]:
