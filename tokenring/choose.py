@@ -73,7 +73,7 @@ def candidates(problem: Problem, topology: Topology) -> tuple[str, ...]:
     if topology.kind == "nodes" and 1 < topology.intra.world < world:
         inner = ("ring:direct" if problem.backward else "ring", "tokenring", "gather")
         names += [f"hybrid:ring/{each}@{topology.intra.world}" for each in inner]
-        names.append(f"hybrid:tokenring/tokenring@{topology.intra.world}")
+        names += [f"hybrid:tokenring/{each}@{topology.intra.world}" for each in ("tokenring", "gather")]
     return tuple(names)
 
 
