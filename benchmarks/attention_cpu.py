@@ -5,7 +5,7 @@
 ideal    one process, one thread, the whole sequence through torch's CPU flash operator, divided by the ranks
 peers    torch's private ring (`_templated_ring_attention`, all-to-all), zigzag halves, the same operator inside; DeepSpeed's
          Ulysses and picotron's ring where they are installed
-Each turn times every contender once, one after another; figures are medians over the turns, of the slowest rank, and of
+Each turn times every contender once, one after another, the first in turn the next to begin; figures are medians over the turns, of the slowest rank, and of
 ratios within a turn. Longer sequences have fewer turns.
 """
 
@@ -26,10 +26,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from benchmarks.attention_peers import DIM, HEADS, installed, ours, single
+from benchmarks.attention_peers import DIM, HEADS, PEERS, installed, ours, single
 
 
-def rank_main(rank: int, world: int, store: str, lengths: list[int], turns: int, answers: str) -> None:
+def rank_main(
+    rank: int, world: int, store: str, lengths: list[int], turns: int, peers: list[str], answers: str
+) -> None:
     """One rank: every contender in turn, the single process on rank 0 alone."""
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -43,18 +45,19 @@ def rank_main(rank: int, world: int, store: str, lengths: list[int], turns: int,
                 "tokenring, auto, prepared": ours(length, causal, group, "auto", "auto", prepared=True),
                 "tokenring, ring": ours(length, causal, group, "ring", "ring:direct"),
                 "tokenring, tokenring": ours(length, causal, group, "tokenring", "tokenring"),
-                **{name: make(length, causal, group) for name, make in installed().items()},
+                **{name: make(length, causal, group) for name, make in installed().items() if name in peers},
             }
             times: dict[str, list[float]] = {name: [] for name in ("single", *contenders)}
             alone = single(length, causal)
             for turn in range(max(3, turns * lengths[0] // length) + 2):
                 spent = {"single": timed(alone) if rank == 0 else 0.0}
-                for name, call in contenders.items():
+                names = list(contenders)
+                for name in names[turn % len(names) :] + names[: turn % len(names)]:
                     dist.barrier()
-                    spent[name] = timed(call)
-                slowest = torch.tensor(list(spent.values()))
+                    spent[name] = timed(contenders[name])
+                slowest = torch.tensor([spent[name] for name in times])
                 dist.all_reduce(slowest, dist.ReduceOp.MAX)
-                for name, seconds in zip(spent, slowest.tolist()):
+                for name, seconds in zip(times, slowest.tolist()):
                     times[name] += [seconds] if turn >= 2 else []
             results[f"{length} {'causal' if causal else 'full'}"] = summary(times, world)
     if rank == 0:
@@ -77,7 +80,7 @@ def summary(times: dict[str, list[float]], world: int) -> dict:
             "seconds": statistics.median(seconds),
             "share_of_ideal": statistics.median(i / s for i, s in zip(ideal, seconds)),
             "speed_up_over": {
-                peer: statistics.median(t / s for t, s in zip(times[peer], seconds)) for peer in installed()
+                peer: statistics.median(t / s for t, s in zip(times[peer], seconds)) for peer in PEERS if peer in times
             },
         }
         for name, seconds in times.items()
@@ -89,11 +92,12 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--peers", nargs="+", default=list(installed()), choices=list(PEERS))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         answers = f"{folder}/answers.json"
-        arguments = (options.ranks, f"{folder}/store", options.lengths, options.turns, answers)
+        arguments = (options.ranks, f"{folder}/store", options.lengths, options.turns, options.peers, answers)
         mp.spawn(rank_main, arguments, nprocs=options.ranks)
         results = json.loads(Path(answers).read_text())
     for case, rows in results.items():
