@@ -41,8 +41,11 @@ class Job:
     """Pipeline chunks a stage is cut into; 0: as many as the layers and the micro-batches allow."""
     imbalance: float = 1.0
     """Load of the busiest experts' rank over the mean; 1 with forced balance or a capacity factor of 1."""
+    exchange_overlap: float = 0.0
+    """Share of the experts' exchange that a schedule lays beside another micro-batch's computing (Megatron-Core's
+    overlap of expert communication with one forward, one backward); 0: none, as in the published rows."""
     causal_flops: bool = True
-    """Count only the causal half of attention in utilisation; see `ModelConfig.flops_per_token`."""
+    """Count only the half of attention that a causal mask leaves in utilisation; see `ModelConfig.flops_per_token`."""
 
     def __post_init__(self) -> None:
         choices = {
@@ -59,6 +62,8 @@ class Job:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"Job got {name}={value!r}; give a whole number of at least {least}")
+        if not isinstance(self.exchange_overlap, (int, float)) or not 0 <= self.exchange_overlap <= 1:
+            raise ValueError(f"Job got exchange_overlap={self.exchange_overlap!r}; it is a share: give 0 to 1")
         if not isinstance(self.imbalance, (int, float)) or not 1 <= self.imbalance < float("inf"):
             raise ValueError(
                 f"Job got imbalance={self.imbalance!r}; the busiest rank has at least the mean: give 1 or more"

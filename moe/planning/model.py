@@ -152,8 +152,8 @@ class ModelConfig:
         """Forward and backward, as utilisation counts them: 6 a parameter, and attention's 6 S (d + d_v) a head.
 
         Args:
-            causal: count only the half of attention that a causal mask leaves. Megatron-LM counted all of it until 2025, and
-                the published figures of that time do.
+            causal: count only the half of attention that a causal mask leaves, as Megatron-LM does since March 2025; False
+                counts all of it, as it did before.
         """
         matrices = (
             self.moe_layers * self.topk * self.expert_parameters + self.dense_parameters + self.vocab * self.hidden

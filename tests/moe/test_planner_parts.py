@@ -94,6 +94,20 @@ def test_large_products_reach_the_fitted_share_and_thin_ones_do_not() -> None:
     assert reached(100, 2048, 4096, count=64) < reached(800, 2048, 4096, count=8)
 
 
+def test_overlap_hides_the_exchange_but_not_more_than_there_is_to_compute() -> None:
+    f = Folding(world=64, tp=1, ep=64)
+    none, most = (plan("qwen2-57b-a14b", f, global_batch=64, exchange_overlap=x, recompute="none") for x in (0.0, 1.0))
+    assert most.parts["expert exchange"] >= 0
+    shown = sum(seconds for part, seconds in none.parts.items() if part != "expert exchange")
+    assert most.seconds == pytest.approx(max(shown, none.seconds / 2), rel=0.2) and most.seconds < none.seconds
+    slow = H100.but(between_efficiency=0.01)
+    before, after = (
+        plan("qwen2-57b-a14b", f, global_batch=64, exchange_overlap=x, recompute="none", hardware=slow)
+        for x in (0.0, 1.0)
+    )
+    assert after.parts["expert exchange"] > 0.8 * before.parts["expert exchange"]
+
+
 # -- memory ---------------------------------------------------------------------------------------------------------------
 
 
