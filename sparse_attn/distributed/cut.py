@@ -11,10 +11,10 @@ from geometry and layout, so every rank knows it of every other and nothing has 
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -102,12 +102,6 @@ class Cut:
         """The groups with candidates that several ranks hold rows of."""
         return tuple(sorted(number for number, ranks in self.holders.items() if len(ranks) > 1))
 
-    @cached_property
-    def splits_blocks(self) -> bool:
-        """Whether some block that is averaged lies on two ranks."""
-        starts = (p.start - self.geometry.groups[p.group].rows[0] for parts in self.parts for p in parts)
-        return any(start % self.geometry.block for start in starts)
-
     def group(self, part: Part) -> Group:
         return self.geometry.groups[part.group]
 
@@ -165,13 +159,15 @@ class Cut:
     # -- anchor regions ------------------------------------------------------------------------------------------------
 
     def region(self, part: Part) -> tuple[Range, ...]:
-        """Positions that every row of a part sees beside the part's own keys: initial block, window, the group's keys before
-        the part, and the rows of `keep` among the group's candidates."""
+        """Positions that every row of a part sees beside its own and those to keep: initial block, window, and the group's
+        keys before the part."""
         group = self.group(part)
-        spans = [*group.prefix, (group.rows[0], part.start)]
-        first, last = group.candidates
-        spans += [(row, row + 1) for row in self.keep if first <= row < last]
-        return union(spans)
+        return union([*group.prefix, (group.rows[0], part.start)])
+
+    def kept(self, rank: int) -> tuple[int, ...]:
+        """The positions of `keep` that precede the window of some group of a rank."""
+        edge = max((self.group(part).candidates[1] for part in self.parts[rank]), default=0)
+        return self.keep[: bisect_left(self.keep, edge)]
 
     @cached_property
     def halos(self) -> tuple[tuple[Piece, ...], ...]:
@@ -179,7 +175,8 @@ class Cut:
         return tuple(self._halo(rank) for rank in range(self.world))
 
     def _halo(self, rank: int) -> tuple[Piece, ...]:
-        spans = union(span for part in self.parts[rank] for span in self.region(part))
+        regions = [span for part in self.parts[rank] for span in self.region(part)]
+        spans = union([*regions, *((row, row + 1) for row in self.kept(rank))])
         return tuple(piece for span in spans for piece in self.pieces(span) if piece.owner != rank)
 
     def prefixes(self, rank: int, spans: Iterable[Range]) -> tuple[Range, ...]:
@@ -218,14 +215,24 @@ class Cut:
 
     # -- work ----------------------------------------------------------------------------------------------------------
 
-    def anchor_pairs(self, rank: int) -> int:
+    def anchor_pairs(self, rank: int) -> float:
         """Pairs of one head and batch entry that a rank computes in anchor regions."""
-        regions = (sum(b - a for a, b in self.region(p)) * p.count for p in self.parts[rank])
-        return sum(regions) + sum(p.count * (p.count + 1) // 2 for p in self.parts[rank])
+        return sum(p.count * (self._seen(p) + (p.count + 1) / 2) for p in self.parts[rank])
+
+    def _seen(self, part: Part) -> int:
+        """Keys before a part in its anchor region."""
+        kept = [bisect_left(self.keep, end) for end in self.group(part).candidates]
+        return sum(b - a for a, b in self.region(part)) + kept[1] - kept[0]
 
     def candidate_pairs(self, rank: int) -> int:
         """Pairs of one head and batch entry that a rank's stripes choose from."""
         return sum(p.count * self.group(p).candidate_keys for p in self.parts[rank])
+
+
+@lru_cache(maxsize=64)
+def cut_of(geometry: Geometry, layout: Layout, keep: tuple[int, ...]) -> Cut:
+    """`Cut`, made once for calls that are alike, such as those of a model's layers."""
+    return Cut(geometry, layout, keep)
 
 
 def rows_of(ranges: Iterable[Range], device: torch.device | None = None) -> Tensor:

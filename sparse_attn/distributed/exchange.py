@@ -89,6 +89,7 @@ def row_plan(
     dtype: torch.dtype,
     dim: int,
     v_dim: int | None = None,
+    *,
     direction: str = "forward",
 ) -> Plan:
     """counts[s][d] packed rows of `dim` numbers, and of `v_dim` beside them where given."""
@@ -140,22 +141,31 @@ class _Rows(Work):
         raise AssertionError("an exchange merges nothing")
 
 
-def run_halo(plan: Plan, runtime: Transport, k: Tensor, v: Tensor) -> Tensors:
-    """Keys and values of the halo (B, halo rows, Hkv, D or Dv), in order of position."""
-    return executor.run(plan, runtime, _Rows("kv", (k, v)))
+class Wire:
+    """One call's exchanges over a transport: `plans` are those that ran, in order."""
 
+    def __init__(self, runtime: Transport) -> None:
+        self.runtime, self.plans = runtime, []
 
-def run_rows(plan: Plan, runtime: Transport, *tensors: Tensor) -> Tensors:
-    """Each (rows, numbers) tensor's rows from all other ranks, in the order of sources."""
-    what = "q" if len(tensors) == 1 else "kv"
-    arrived = executor.run(plan, runtime, _Rows(what, tuple(t[None, :, None] for t in tensors)))
-    return tuple(t[0, :, 0] for t in arrived)
+    @property
+    def bytes_sent(self) -> int:
+        """Payload bytes that left this rank."""
+        return sum(plan.bytes_sent(self.runtime.rank) for plan in self.plans)
 
+    def run(self, plan: Plan, tensors: Tensors) -> Tensors:
+        """What arrives under a plan."""
+        self.plans.append(plan)
+        kind = "q" if len(tensors) == 1 else "kv"
+        return executor.run(plan, self.runtime, _Rows(kind, tensors))
 
-def agreed_counts(runtime: Transport, mine: Sequence[int], device: torch.device) -> tuple[Counts, Tensor]:
-    """Every rank's numbers, rank by rank: as tuples, and as a tensor (world, numbers). Counted as control, not payload."""
-    notes = runtime.all_gather(
-        torch.tensor(list(mine), dtype=torch.int64, device=device), same_shape=True, control=True
-    )
-    table = torch.stack(notes).cpu()
-    return tuple(map(tuple, table.tolist())), table
+    def rows(self, name: str, counts: Counts, *tensors: Tensor, direction: str = "forward") -> Tensors:
+        """Each (rows, numbers) tensor's rows from all other ranks, in the order of sources."""
+        dims = [t.shape[1] for t in tensors]
+        plan = row_plan(name, counts, tensors[0].dtype, *dims, direction=direction)
+        return tuple(t[0, :, 0] for t in self.run(plan, tuple(t[None, :, None] for t in tensors)))
+
+    def agreed(self, mine: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Counts:
+        """Every rank's numbers, rank by rank. Counted as control, not payload."""
+        note = torch.tensor(list(mine), dtype=dtype, device=device)
+        table = self.runtime.all_gather(note, same_shape=True, control=True)
+        return tuple(map(tuple, torch.stack(table).tolist()))

@@ -25,12 +25,6 @@ def words_for(bits: int) -> int:
     return max(1, -(-bits // BITS))
 
 
-def set_bits_(words: Tensor, bit: int, wanted: Tensor) -> None:
-    """Where `wanted`, set a bit of words (..., W)."""
-    word, shift = divmod(bit, BITS)
-    words[..., word] |= wanted.to(torch.int32) << shift
-
-
 def lines_of(words: Tensor) -> Tensor:
     """int32 (lines, 1 + W) of words (entries * key heads, rows, W), in the order of heads, then rows."""
     heads, rows = (words != 0).any(-1).nonzero().unbind(1)
@@ -48,7 +42,7 @@ class Wanted:
     """Rows that each owner holds."""
     rank: int
     base: int
-    """The first row of the workspace that holds rows of others; they lie there head by head, those of a head in order."""
+    """The row of the workspace where rows of others begin; those of a head lie in the order of its lines."""
 
     @cached_property
     def counts(self) -> list[int]:
@@ -95,27 +89,24 @@ class Wanted:
         heads = self.heads[self.far]
         return self.base + (int(heads.bincount().max()) if len(heads) else 0)
 
-    def placed(self, near: Tensor, arrived: Tensor, key_heads: int) -> Tensor:
+    def placed(self, near: Tensor, arrived: Tensor) -> Tensor:
         """(B, workspace rows, Hkv, D): own rows and halo `near`, then what arrived (far lines, D), head by head."""
         more = near.new_zeros(near.shape[0], self.workspace_rows - near.shape[1], *near.shape[2:])
         whole = torch.cat([near, more], 1)
-        heads = self.heads[self.far]
+        heads, key_heads = self.heads[self.far], near.shape[2]
         whole[heads // key_heads, self.columns[self.far], heads % key_heads] = arrived
         return whole
 
-    def bits(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each batch entry and key head in turn: numbers of its lines by ascending column, and bool (count, lines)."""
+    def bits(self, count: int, heads: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each of `heads` batch entries * key heads: numbers of its lines by ascending column, and bool (count, lines)."""
         span = int(self.columns.max()) + 1 if len(self.columns) else 1
         order = (self.heads * span + self.columns).argsort()
         shifts = torch.arange(BITS, dtype=torch.int32, device=order.device)
-        cuts = torch.searchsorted(self.heads[order], torch.arange(self.most + 1, device=order.device)).tolist()
+        cuts = torch.searchsorted(self.heads[order], torch.arange(heads + 1, device=order.device)).tolist()
         for first, last in itertools.pairwise(cuts):
             lines = order[first:last]
             unpacked = (self.words[lines].unsqueeze(2) >> shifts) & 1
             yield lines, unpacked.flatten(1)[:, :count].bool().T
-
-    most: int = 1
-    """Batch entries * key heads."""
 
     def only(self, words: Tensor) -> Wanted:
         """The lines with other words; those whose words are all zero are gone."""

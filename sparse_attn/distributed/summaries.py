@@ -10,6 +10,7 @@ part's numbers travel as one flat run whose length every rank knows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Protocol
@@ -62,14 +63,17 @@ class Means:
     def __init__(self, cut: Cut, config: AnchorConfig, scale: float, q: Tensor, k: Tensor, anchor: Tensor) -> None:
         self.cut, self.scale, self.q, self.k, self.anchor = cut, scale, q, k, anchor
         self.theta = anchor.new_tensor(config.thetas(q.shape[2]))[:, None]
-        # Shares of a mean are rounded once more when they add up, so a 16-bit dtype would choose other columns.
-        self.dtype = anchor.dtype if cut.splits_blocks else q.dtype
-        self.batch, self.heads, self.dim = q.shape[0], q.shape[2], q.shape[3]
+        self.dtype, self.wide = q.dtype, anchor.dtype
+        self.shape, self.dim = (q.shape[0], q.shape[2]), q.shape[3]
 
     def size(self, part: Part) -> int:
         _, counts = self._blocks(part)
-        wide = self.anchor.dtype.itemsize // self.dtype.itemsize
-        return self.batch * self.heads * len(counts) * (self.dim + wide)
+        wide = self.wide.itemsize // self.dtype.itemsize
+        return math.prod(self.shape) * len(counts) * (self.dim * self._width(part) + wide)
+
+    def _width(self, part: Part) -> int:
+        """Numbers for one of a mean. Shares of a mean are rounded once more when they add up, so they travel wide."""
+        return self.wide.itemsize // self.dtype.itemsize if part.group in self.cut.split else 1
 
     def _blocks(self, part: Part) -> tuple[int, list[int]]:
         return runs(part, self.cut.group(part).rows[0], self.cut.geometry.block)
@@ -77,26 +81,26 @@ class Means:
     def of_part(self, part: Part) -> Tensor:
         _, counts = self._blocks(part)
         rows = slice(*part.rows)
-        q = self.q[:, rows].transpose(1, 2).to(self.anchor.dtype)
-        means = _mean(q, counts) * self.scale
+        means = _mean(self.q[:, rows].transpose(1, 2).to(self.wide), counts) * self.scale
         anchors = _mean(self.anchor[:, :, rows].unsqueeze(3), counts)
-        return torch.cat([flat(anchors, self.dtype), means.to(self.dtype).flatten()])
+        means = flat(means if part.group in self.cut.split else means.to(self.dtype), self.dtype)
+        return torch.cat([flat(anchors, self.dtype), means])
 
     def wanted(self, number: int, flats: Flats, rows: Sequence[Range]) -> Tensor:
-        group = self.cut.geometry.groups[number]
-        blocks = -(-group.count // self.cut.geometry.block)
-        shape = self.batch, self.heads, blocks
-        means, anchors = self.anchor.new_zeros(*shape, self.dim), self.anchor.new_zeros(shape)
+        group, block = self.cut.geometry.groups[number], self.cut.geometry.block
+        sizes = [min(block, group.count - first) for first in range(0, group.count, block)]
+        means = self.anchor.new_zeros(*self.shape, len(sizes), self.dim)
+        anchors = self.anchor.new_zeros(*self.shape, len(sizes))
         for part, numbers in flats:
             first, counts = self._blocks(part)
             here = slice(first, first + len(counts))
-            sizes = [min(self.cut.geometry.block, group.count - b * self.cut.geometry.block) for b in range(blocks)]
             share = anchors.new_tensor([n / whole for n, whole in zip(counts, sizes[here])])
-            head = self.batch * self.heads * len(counts) * self.anchor.dtype.itemsize // self.dtype.itemsize
-            anchors[:, :, here] += unflat(numbers[:head], anchors.dtype, (*shape[:2], -1)) * share
-            means[:, :, here] += numbers[head:].view(*shape[:2], len(counts), -1).to(means.dtype) * share[:, None]
+            head = math.prod(self.shape) * len(counts) * self.wide.itemsize // self.dtype.itemsize
+            dtype = self.wide if number in self.cut.split else self.dtype
+            anchors[:, :, here] += unflat(numbers[:head], self.wide, (*self.shape, -1)) * share
+            means[:, :, here] += unflat(numbers[head:], dtype, (*self.shape, len(counts), -1)) * share[:, None]
         return torch.stack(
-            [mean_margins(means[e], anchors[e], picked(self.k[e], rows)) >= -self.theta for e in range(self.batch)]
+            [mean_margins(m, a, picked(k, rows)) >= -self.theta for m, a, k in zip(means, anchors, self.k)]
         )
 
 

@@ -1,0 +1,150 @@
+"""From what owners decided to a workspace that holds every wanted row: in one stage, or in two where rows test keys exactly.
+
+pooled, lse       lines, then keys and values
+rescore, every    lines and keys of what passed; each row's verdicts go back; then the values of what is left
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sparse_attn.config import AnchorConfig
+from sparse_attn.distributed.cut import Cut, Part
+from sparse_attn.distributed.exchange import Counts, Wire, mirrored
+from sparse_attn.distributed.lists import BITS, Wanted
+from sparse_attn.distributed.local import stacks
+from sparse_attn.distributed.owner import joined
+from sparse_attn.identify.products import column_maximum, test_dtype, with_anchor, with_ones
+
+
+@dataclass(frozen=True, eq=False)
+class Settled:
+    """What both ends know when all rows are where they are wanted."""
+
+    wanted: Wanted
+    keys: Tensor
+    """(B, workspace rows, Hkv, D)."""
+    values: Tensor
+    sent: list[Tensor]
+    """For each rank the lines of the rows that it got from here; this rank's own among them."""
+    counts: Counts
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Queries (B, rows, Hq, D) and lse (B, Hq, rows) of their anchor regions, which test keys exactly."""
+
+    q: Tensor
+    lse: Tensor
+    config: AnchorConfig
+    scale: float
+
+    def of(self, part: Part, entry: int, head: int, dtype: torch.dtype) -> Tensor:
+        """(1, rows, D + 1 or D + 2): the rows of a part, with their anchors."""
+        rows, only = slice(*part.rows), slice(head, head + 1)
+        return with_anchor(self.q[entry, rows, only], self.lse[entry, only, rows], self.scale, dtype)
+
+
+def one_stage(cut: Cut, wire: Wire, lines: list[Tensor], k: Tensor, v: Tensor, near: tuple[Tensor, Tensor]) -> Settled:
+    """Lines, then keys and values. Collective."""
+    wanted, counts = _exchanged(cut, wire, lines, near[0].shape[1])
+    rank = wire.runtime.rank
+    rows = wire.rows("stripes", counts, _leaving(lines, rank, k), _leaving(lines, rank, v))
+    keys, values = (wanted.placed(x, new) for x, new in zip(near, rows))
+    return Settled(wanted, keys, values, lines, counts)
+
+
+def two_stages(
+    cut: Cut, wire: Wire, lines: list[Tensor], rows: Rows, k: Tensor, v: Tensor, near: tuple[Tensor, Tensor]
+) -> Settled:
+    """Lines and keys of what passed, exact tests, verdicts back, values. Collective."""
+    rank, each = wire.runtime.rank, rows.q.shape[2] // k.shape[2]
+    passed, counts = _exchanged(cut, wire, lines, k.shape[1])
+    (keys,) = wire.rows("stripes:keys", counts, _leaving(lines, rank, k))
+    words = tested(cut, rank, passed, passed.placed(k, keys), rows)
+    mine = words.split(passed.counts)
+    (back,) = wire.rows("verdicts", mirrored(counts), _floats(_joined(_others(mine, rank), words)))
+    verdicts = _with(mine[rank], _ints(back).split([n for d, n in enumerate(counts[rank]) if d != rank]), rank)
+    decided = [torch.cat([line[:, :1], word], 1) for line, word in zip(lines, verdicts)]
+    if cut.split:
+        decided = joined(cut, decided, each)
+        final = _joined([x[:, 1:] for x in _others(decided, rank)], words)
+        (arrived,) = wire.rows("verdicts:joined", counts, _floats(final))
+        words = torch.cat(_with(decided[rank][:, 1:], _ints(arrived).split(_others(passed.counts, rank)), rank))
+    left = (words != 0).any(1)
+    wanted = replace(passed.only(words), base=near[0].shape[1])
+    sent = [x[(x[:, 1:] != 0).any(1)] for x in decided]
+    counts = _agreed(wire, sent, k.device)
+    (values,) = wire.rows("stripes:values", counts, _leaving(sent, rank, v))
+    keys = keys[left[passed.far]]
+    return Settled(wanted, wanted.placed(near[0], keys), wanted.placed(near[1], values), sent, counts)
+
+
+def tested(cut: Cut, rank: int, passed: Wanted, keys: Tensor, rows: Rows) -> Tensor:
+    """int32 (lines, W): of the bits of what passed, those that some row of this rank wants by itself.
+
+    keep column j  <=>  q_i . k_j * scale - lse_i >= -theta  for some row i of the group on this rank
+
+    keys: (B, workspace rows, Hkv, D), where the lines of `passed` lie.
+    """
+    shape = rows.q.shape[0], rows.q.shape[2], keys.shape[2]
+    each, theta = shape[1] // shape[2], rows.lse.new_tensor(rows.config.thetas(shape[1]))
+    dtype = test_dtype(rows.q, rows.config.scores)
+    columns, ones = passed.columns, with_ones(keys, dtype)
+    words = torch.zeros_like(passed.words)
+    places = {number: place for place, number in enumerate(cut.groups[rank])}
+    for number, entry, head, lines in stacks(cut, rank, passed, shape):
+        word, shift = divmod(places[number] * each + head % each, BITS)
+        here = ones[entry, head // each].index_select(0, columns[lines])
+        for part in cut.parts[rank]:
+            if part.group == number:
+                kept = column_maximum(rows.of(part, entry, head, dtype), here)[0] >= -theta[head]
+                words[lines, word] |= kept.to(torch.int32) << shift
+    return words
+
+
+def _exchanged(cut: Cut, wire: Wire, lines: list[Tensor], base: int) -> tuple[Wanted, Counts]:
+    rank = wire.runtime.rank
+    counts = _agreed(wire, lines, lines[rank].device)
+    (arrived,) = wire.rows("lines", counts, _floats(_joined(_others(lines, rank), lines[rank])))
+    sizes = [counts[s][rank] for s in range(cut.world) if s != rank]
+    mine = _with(lines[rank], _ints(arrived).split(sizes), rank)
+    return Wanted(mine, [cut.layout.length(r) for r in range(cut.world)], rank, base), counts
+
+
+def _agreed(wire: Wire, lines: Sequence[Tensor], device: torch.device) -> Counts:
+    rank = wire.runtime.rank
+    return wire.agreed([len(x) if d != rank else 0 for d, x in enumerate(lines)], device)
+
+
+def _leaving(lines: Sequence[Tensor], rank: int, x: Tensor) -> Tensor:
+    """The rows (lines, D) of x (B, rows, Hkv, D) that the lines for other ranks name."""
+    where = _joined([line[:, 0] for line in _others(lines, rank)], lines[rank][:, 0]).long()
+    heads, rows = where // max(1, x.shape[1]), where % max(1, x.shape[1])
+    return x[heads // x.shape[2], rows, heads % x.shape[2]]
+
+
+def _joined(parts: Sequence[Tensor], like: Tensor) -> Tensor:
+    """One after the other; nothing of the kind of `like` where there are none."""
+    return torch.cat([*parts, like[:0]])
+
+
+def _others(items: Sequence, rank: int) -> list:
+    return [item for r, item in enumerate(items) if r != rank]
+
+
+def _with(own: Tensor, others: Sequence[Tensor], rank: int) -> list[Tensor]:
+    return [*others[:rank], own, *others[rank:]]
+
+
+def _floats(words: Tensor) -> Tensor:
+    """int32 words in a dtype that a Plan can have; the bits are the same."""
+    return words.contiguous().view(torch.float32)
+
+
+def _ints(words: Tensor) -> Tensor:
+    return words.contiguous().view(torch.int32)
