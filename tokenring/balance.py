@@ -11,7 +11,7 @@ import heapq
 from itertools import pairwise
 
 from tokenring.mask import Mask
-from tokenring.segments import Segment
+from tokenring.segments import Segment, Tile
 
 ROUNDS = 64
 
@@ -20,11 +20,16 @@ def balanced_blocks(mask: Mask, length: int, world: int, block: int) -> list[lis
     """Each rank's runs of positions, ascending."""
     starts = [*range(0, length, block), length]
     runs = [Segment(a, b - a) for a, b in pairwise(starts)]
-    whole = [Segment(0, length)]
-    work = [sum(tile.pairs() for tile in mask.tiles([run], whole)) for run in runs]
+    work = [_pairs(mask, run, length) for run in runs]
     shares = _dealt(work, world)
     _even_out(work, shares)
     return [[runs[i] for i in sorted(share)] for share in shares]
+
+
+def _pairs(mask: Mask, run: Segment, length: int) -> int:
+    """How many keys the mask allows the queries of a run, in all; a mask's cells are disjoint."""
+    rows = Tile(run.start, run.start + run.count, 0, length)
+    return sum(part.pairs() for cell in mask.over(run.start, run.last) if (part := rows.common(cell)))
 
 
 def _dealt(work: list[int], world: int) -> list[list[int]]:

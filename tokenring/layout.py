@@ -116,9 +116,7 @@ class Layout:
     @classmethod
     def of_any_runs(cls, runs: Sequence[Sequence[Segment]]) -> Layout:
         """Runs of any positions: what the ranks of a node hold for a while."""
-        frozen = _frozen(runs)
-        total = sum(s.count for rank in frozen for s in rank)
-        return cls(total, len(frozen), 0, frozen, f"runs:{hash(frozen):x}")
+        return _of_runs(_frozen(runs))
 
     @classmethod
     def of(cls, layout: Layout | str, local_length: int, world: int) -> Layout:
@@ -147,6 +145,8 @@ class Layout:
     def cut(self, rank: int, start: int, stop: int) -> list[tuple[int, Segment]]:
         """The runs of rows start..stop-1 of a rank, each with its first row."""
         runs, rows = self.segments(rank), _row_starts(self, rank)
+        if start <= 0 and stop >= rows[-1]:
+            return list(zip(rows, runs))
         found = []
         for index in range(max(0, bisect_right(rows, start) - 1), len(runs)):
             row = rows[index]
@@ -247,6 +247,13 @@ def _balanced(mask: Any, length: int, world: int, block: int) -> Layout:
 
     runs = _frozen(balanced_blocks(mask, length, world, block))
     return Layout(length, world, 0, runs, f"balanced({block}, {hash(runs):x})")
+
+
+@lru_cache(maxsize=4096)
+def _of_runs(runs: tuple[tuple[Segment, ...], ...]) -> Layout:
+    """Made once: the ranks of a node hold the same rows in many rounds, and equal layouts are compared run by run."""
+    total = sum(s.count for rank in runs for s in rank)
+    return Layout(total, len(runs), 0, runs, f"runs:{hash(runs):x}")
 
 
 @lru_cache(maxsize=64)

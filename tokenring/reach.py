@@ -8,14 +8,14 @@ hole. What many ranks want together is the union, a sorted list of ranges: few, 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
 
 from tokenring.layout import Layout
 from tokenring.mask import END, Mask
 from tokenring.problem import Problem
-from tokenring.segments import Range, Tile, union
+from tokenring.segments import Range, Segment, Tile, row_band, union
 
 Span = tuple[int, int, int, int]
 """A run of rows as (first row, its position, the last row's position, stride)."""
@@ -102,13 +102,32 @@ class Reach:
             self.known[(first, stop)] = found
         return found
 
+    def between(self, rank: int, runs: Sequence[Segment]) -> tuple[Range, ...] | None:
+        """The rows of some runs that a rank wants, run by run: exact with holes too. None where strides differ."""
+        found: list[Range] = []
+        for cell, mine in self._cut(rank):
+            row = 0
+            for run in runs:
+                first, last = run.inside(cell.k_start, cell.k_stop)
+                if first < last:
+                    rows = _banded(mine, run.cut(first, last), cell)
+                    if rows is None:
+                        return None
+                    found.append((row + first + rows[0], row + first + rows[1]))
+                row += run.count
+        return union(found)
+
     def _of(self, rank: int) -> Iterable[Range]:
+        return (_wanted(cell, run.start, run.last) for cell, run in self._cut(rank))
+
+    def _cut(self, rank: int) -> Iterator[tuple[Tile, Segment]]:
+        """A rank's rows of the other kind, cut to the cells that hold them."""
         for run in self.layout.segments(rank):
             for index in range(bisect_right(self.stops, run.start), bisect_right(self.starts, run.last)):
                 cell = self.cells[index]
                 first, last = run.inside(cell.q_start, cell.q_stop)
                 if first < last:
-                    yield _wanted(cell, run.start + first * run.stride, run.start + (last - 1) * run.stride)
+                    yield cell, run.cut(first, last)
 
 
 @lru_cache(maxsize=64)
@@ -158,3 +177,17 @@ def _wanted(cell: Tile, first: int, last: int) -> Range:
     start = cell.k_start if cell.lower is None else max(cell.k_start, first + cell.lower)
     stop = cell.k_stop if cell.upper is None else min(cell.k_stop, last + cell.upper + 1)
     return start, max(start, stop)
+
+
+def _banded(q: Segment, k: Segment, cell: Tile) -> Range | None:
+    """The rows of one run that some row of another wants under the band of a cell; None where their strides differ."""
+    if q.stride != k.stride:
+        if q.count > 1 and k.count > 1:
+            return None
+        stride = k.stride if q.count == 1 else q.stride
+        q, k = Segment(q.start, q.count, stride), Segment(k.start, k.count, stride)
+    low, high = row_band(q, k, cell.lower, cell.upper)
+    if low is not None and high is not None and low > high:
+        return 0, 0
+    start = 0 if low is None else max(0, low)
+    return start, max(start, k.count if high is None else min(k.count, q.count + high))

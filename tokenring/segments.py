@@ -37,7 +37,9 @@ class Segment:
 
     def cut(self, first: int, last: int) -> Segment:
         """Rows first..last-1 of this run."""
-        return Segment(self.start + first * self.stride, last - first, self.stride)
+        return (
+            self if last - first == self.count else Segment(self.start + first * self.stride, last - first, self.stride)
+        )
 
     def inside(self, start: int, stop: int) -> Range:
         """The rows whose positions lie in start..stop-1."""

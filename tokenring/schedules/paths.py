@@ -35,6 +35,8 @@ def wanted(problem: Problem, what: str, owner: int, rank: int, half: int | None 
     table = reach(problem.places, what)
     if table.exact:
         return table.by(rank, rank + 1).rows(spans(problem.layout(what), owner))
+    if (rows := table.between(rank, problem.layout(what).segments(owner))) is not None:
+        return rows
     if what == "q":
         tiles = problem.tiles(problem.own("q", owner).pieces, problem.own("kv", rank).pieces)
         return union((t.q_start, t.q_stop) for t in tiles)
