@@ -12,9 +12,10 @@ from torch.autograd.function import once_differentiable
 from sparse_attn.arguments import check, kept_rows, packed
 from sparse_attn.config import AnchorConfig
 from sparse_attn.cost import resolved
-from sparse_attn.geometry import Geometry, documents_of
+from sparse_attn.geometry import documents_of, geometry_of
 from sparse_attn.gradients import gradients
 from sparse_attn.kernels.blocks import Blocks
+from sparse_attn.kernels.choice import block_kernel
 from sparse_attn.run import Run
 from sparse_attn.stats import Stats
 from sparse_attn.stripes import StripePlan
@@ -22,6 +23,8 @@ from tokenring import Mask
 
 Numbers = Any
 """A list of whole numbers or an integer tensor."""
+
+DEFAULT = AnchorConfig()
 
 
 def anchor_attention(
@@ -56,7 +59,7 @@ def anchor_attention(
         cu_seqlens, kv_cu_seqlens: documents packed in the sequence, each from 0 to the sequence's length.
         keep: rows of k that every later group sees, as part of its anchor region: visual tokens of a multimodal prompt.
         plan: use these columns (see `plan`); leave config, documents and keep out then.
-        kernel: "auto", or the name of a block kernel of tokenring.
+        kernel: "auto", "triton", "flashinfer", or the name of a block kernel of tokenring.
         return_lse: also lse. return_stats: also `Stats`.
 
     Returns:
@@ -152,12 +155,12 @@ def _prepared(
             raise ValueError(f"got plan= and {', '.join(told)}=; a plan says these itself: leave them out")
         plan.check(q, k)
         return Run(plan.geometry, AnchorConfig(), scale, kernel, plan.keep, plan, Stats())
-    config = AnchorConfig() if config is None else config
+    config = DEFAULT if config is None else config
     config.thetas(q.shape[2])
     cu_seqlens, kv_cu_seqlens = packed(mask, cu_seqlens, kv_cu_seqlens)
     documents = documents_of(q.shape[1], k.shape[1], cu_seqlens, kv_cu_seqlens)
     longest = max(b - a for _, (a, b) in documents) if documents else 0
-    geometry = Geometry.of(documents, *resolved(config, longest))
+    geometry = geometry_of(documents, *resolved(config, longest))
     return Run(geometry, config, scale, kernel, kept_rows(keep, k), None, Stats())
 
 
@@ -175,6 +178,6 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        blocks = Blocks.of(ctx.run.kernel, q, v, ctx.run.scale)
+        blocks = Blocks.of(block_kernel(ctx.run.kernel), q, v, ctx.run.scale)
         with torch.autocast(q.device.type, enabled=False):
             return *gradients(blocks, ctx.run.plan, q, k, v, out, lse, do), None

@@ -9,28 +9,45 @@ at 0.32 pairs a nanosecond); they decide when to fall back, and never what is co
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from sparse_attn.config import AnchorConfig
 from sparse_attn.geometry import Geometry
 
+HEAD_DIM = 64
+"""Of the measured pairs: calls weigh less beside pairs of more dims."""
+WHOLE_CALL = 400_000.0
+"""What every sparse call costs before its first group: about a millisecond."""
+GROUP = 60_000.0
+"""A group's share of identification and merge, whatever its heads: about 200 microseconds."""
 CALL = 15_000.0
-"""One gather, one operator call and its share of a merge: about 50 microseconds."""
+"""A list's gather and operator call: about 50 microseconds."""
 GATHERED_ROW = 6.0
 """A row of keys and values copied: 19 ns."""
 PRODUCT = 0.45
 """A product tested in the inputs' dtype, beside the two products and the exponential of attention."""
 LIKELY_STRIPES = 0.05
 """Share of candidates kept, where nothing has been looked at yet."""
-LIKELY_PASSED = 0.4
+LIKELY_PASSED = 0.2
 """Share of candidates that pass the bound of `rescore`, where nothing has been looked at yet."""
 
 
-def sparse_cost(geometry: Geometry, lists: int, config: AnchorConfig, kept: float, passed: float) -> float:
-    """Pairs of one head that stripes cost; `kept` and `passed` are shares of the candidates, `lists` per group and head."""
+def sparse_cost(
+    geometry: Geometry, config: AnchorConfig, heads: int, dim: int, kept: float, passed: float, lists: float = 1.0
+) -> float:
+    """Pairs of one head that stripes cost.
+
+    Args:
+        heads: how many share a call's and a group's own costs: batch entries * query heads.
+        dim: mean of the two head dims.
+        kept, passed: shares of the candidates.
+        lists: per query head of a group; less than one where heads share them.
+    """
     groups = sum(1 for g in geometry.groups if g.candidate_keys)
-    rows = max(1, geometry.rows)
-    gathered = kept * geometry.candidate_pairs / rows * GATHERED_ROW
+    gathered = lists * kept * geometry.candidate_pairs / max(1, geometry.rows) * GATHERED_ROW
     work = geometry.anchor_pairs + kept * geometry.candidate_pairs
-    return work + gathered + test_cost(geometry, config, passed) + groups * lists * CALL
+    calls = (WHOLE_CALL + groups * GROUP) / max(1, heads) + groups * lists * CALL
+    return work + gathered + test_cost(geometry, config, passed) + calls * HEAD_DIM / dim
 
 
 def test_cost(geometry: Geometry, config: AnchorConfig, passed: float) -> float:
@@ -69,10 +86,10 @@ def resolved(config: AnchorConfig, length: int) -> tuple[int, int]:
     return block, step if config.step == "auto" else config.step
 
 
-def pays(geometry: Geometry, config: AnchorConfig) -> tuple[bool, str]:
+@lru_cache(maxsize=512)
+def pays(geometry: Geometry, config: AnchorConfig, heads: int, dim: int) -> tuple[bool, str]:
     """Whether stripes are likely to beat dense attention before anything is computed, and in words why."""
     dense = geometry.causal_pairs
-    share = 1.0 if config.share == "query" else 0.5
-    sparse = sparse_cost(geometry, share, config, LIKELY_STRIPES, LIKELY_PASSED)
+    sparse = sparse_cost(geometry, config, heads, dim, LIKELY_STRIPES, LIKELY_PASSED)
     said = f"modelled: {sparse / max(1, dense):.2f} of dense at {LIKELY_STRIPES:.0%} of the candidates"
     return sparse < dense, said

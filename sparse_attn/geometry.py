@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 from tokenring.segments import Range
@@ -126,6 +126,12 @@ class Geometry:
     def candidate_pairs(self) -> int:
         """Pairs of one head and batch entry that stripes choose from."""
         return sum(g.count * g.candidate_keys for g in self.groups)
+
+
+@lru_cache(maxsize=128)
+def geometry_of(documents: tuple[tuple[Range, Range], ...], block: int, step: int) -> Geometry:
+    """`Geometry.of`, made once for calls that are alike, such as those of a model's layers."""
+    return Geometry.of(documents, block, step)
 
 
 def _causal(rows: int, keys: int) -> int:

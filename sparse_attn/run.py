@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from sparse_attn.anchor import difference_aware_stripes, fine_grained_sparse, pa
 from sparse_attn.config import AnchorConfig
 from sparse_attn.geometry import Geometry, Group
 from sparse_attn.identify import finder
+from sparse_attn.kernels.choice import block_kernel, executor
 from sparse_attn.kernels.torch_kernel import TorchKernel
 from sparse_attn.stats import Stats
 from sparse_attn.stripes import StripePlan
@@ -33,13 +35,16 @@ class Run:
     keep: Tensor | None
     plan: StripePlan | None
     stats: Stats
+    why: str = "asked for"
+    """What decided the path."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """out in the accumulator's or q's dtype, and lse; `self.plan` says afterwards what was computed."""
         with torch.autocast(q.device.type, enabled=False):
-            kernel = TorchKernel(self.kernel, q, v, self.scale)
-            dense = self._dense_from_the_start(q, k) if self.plan is None else self.plan.path == "dense"
-            if dense:
+            kernel = executor(self.kernel, q, v, self.scale)
+            if self.plan is None:
+                self.plan = self._dense_from_the_start(q, k, v.shape[3])
+            if self.plan is not None and self.plan.path == "dense":
                 with self.stats.timed("dense"):
                     return dense_attention(kernel, q, k, v, self.geometry)
             with self.stats.timed("anchor"):
@@ -47,66 +52,75 @@ class Run:
             if self.plan is None:
                 with self.stats.timed("identify"):
                     self.plan = self._found(q, k, lse)
-            if self.plan.path == "dense":
-                with self.stats.timed("dense"):
-                    return finish_densely(kernel, out, lse, q, k, v, self.geometry)
             with self.stats.timed("stripes"):
                 return fine_grained_sparse(kernel, out, lse, q, k, v, self.plan)
 
     def find(self, q: Tensor, k: Tensor) -> StripePlan:
         """The plan alone. The anchor region's lse needs no values: the keys stand in for them."""
         with torch.autocast(q.device.type, enabled=False):
-            if self._dense_from_the_start(q, k):
-                assert self.plan is not None
-                return self.plan
-            kernel = TorchKernel(self.kernel, q, k, self.scale)
+            dense = self._dense_from_the_start(q, k, k.shape[3])
+            if dense is not None:
+                return dense
+            kernel = TorchKernel(block_kernel(self.kernel), q, k, self.scale)
             _, lse = pattern_based_anchor(kernel, q, k, k, self.geometry, self.keep)
             return self._found(q, k, lse)
 
-    def _dense_from_the_start(self, q: Tensor, k: Tensor) -> bool:
-        thetas = self.config.thetas(q.shape[2])
-        if all(theta == math.inf for theta in thetas):
-            self.plan = self._dense(q, k, "theta keeps every column")
-        elif self.config.dense == "auto" and not all(theta == -math.inf for theta in thetas):
-            worth, why = cost.pays(self.geometry, self.config)
-            if not worth:
-                self.plan = self._dense(q, k, why)
-        return self.plan is not None
-
     def _found(self, q: Tensor, k: Tensor, lse: Tensor) -> StripePlan:
-        why = "asked for"
-        if self.config.dense == "auto":
-            kept, passed = self._sampled(q, k, lse)
-            # No call is saved by going on densely: the anchor region is done either way.
-            g = self.geometry
-            share = 1.0 if self.config.share == "query" else k.shape[2] / q.shape[2]
-            sparse = cost.sparse_cost(g, share, self.config, kept, passed) - g.anchor_pairs
-            why = f"modelled from a sample: {sparse / max(1, g.candidate_pairs):.2f} of dense beyond the anchor region"
-            if sparse > g.candidate_pairs:
-                return self._dense(q, k, why)
         plan = difference_aware_stripes(q, k, lse, self.geometry, self.config, self.scale, self.keep)
-        return replace(plan, why=why)
+        return replace(plan, why=self.why)
 
-    def _sampled(self, q: Tensor, k: Tensor, lse: Tensor) -> tuple[float, float]:
-        """Shares of some candidates that are kept, and that pass a bound."""
-        groups = [g for g in self.geometry.groups if g.candidate_keys >= SAMPLES * SAMPLE_COLUMNS]
-        if not groups:
-            return cost.LIKELY_STRIPES, cost.LIKELY_PASSED
-        searching = finder(q, k, lse, self.geometry, self.config, self.scale, self.keep)
-        spans = [_span(groups[-1], part) for part in range(SAMPLES)]
+    def _dense_from_the_start(self, q: Tensor, k: Tensor, v_dim: int) -> StripePlan | None:
+        """The dense plan where it is exact or cheaper; None to go on with stripes."""
+        thetas = self.config.thetas(q.shape[2])
+        if min(thetas) == math.inf:
+            return self._dense(q, k, "theta keeps every column")
+        if self.config.dense == "never" or max(thetas) == -math.inf:
+            return None
+        heads, dim = q.shape[0] * q.shape[2], (q.shape[3] + v_dim) // 2
+        worth, self.why = cost.pays(self.geometry, self.config, heads, dim)
+        if worth:
+            with self.stats.timed("sample"):
+                kept, passed = self._sampled(q, k)
+            lists = 1.0 if self.config.share == "query" else k.shape[2] / q.shape[2]
+            sparse = cost.sparse_cost(self.geometry, self.config, heads, dim, kept, passed, lists)
+            share = sparse / max(1, self.geometry.causal_pairs)
+            self.why = f"modelled from a sample: {share:.2f} of dense at {kept:.0%} of the candidates"
+            worth = share < 1
+        return None if worth else self._dense(q, k, self.why)
+
+    def _sampled(self, q: Tensor, k: Tensor) -> tuple[float, float]:
+        """Shares of some candidates of the group with most of them that are kept, and that pass a bound."""
+        group = max(self.geometry.groups, key=lambda g: g.candidate_keys)
+        first = self.geometry.documents[group.document][1][0]
+        stop = group.diagonal + group.count
+        q, k = q[:1, slice(*group.rows)], k[:1, first:stop]
+        geometry = replace(self.geometry, documents=(((0, group.count), (0, stop - first)),))
+        kernel = TorchKernel(block_kernel(self.kernel), q, k, self.scale)
+        _, lse = kernel.anchor(q, k, k, geometry, None)
+        searching = finder(q, k, lse, geometry, self.config, self.scale)
+        spans = [_span(geometry.groups[0], part) for part in range(SAMPLES)]
         kept = torch.cat([searching.kept(span, 0) for span in spans], 1)
         passed = torch.cat([searching.passed(span, 0) for span in spans], 1)
         return float(kept.double().mean()), float(passed.double().mean())
 
     def _dense(self, q: Tensor, k: Tensor, why: str) -> StripePlan:
-        return StripePlan.dense(self.geometry, q.shape[0], q.shape[2], k.shape[2], q.device, why)
+        return _dense_plan(self.geometry, q.shape[0], q.shape[2], k.shape[2], q.device, why)
+
+
+@lru_cache(maxsize=128)
+def _dense_plan(
+    geometry: Geometry, batch: int, q_heads: int, kv_heads: int, device: torch.device, why: str
+) -> StripePlan:
+    """Made once for calls that are alike: short ones are over before a plan is made."""
+    return StripePlan.dense(geometry, batch, q_heads, kv_heads, device, why)
 
 
 def _span(group: Group, part: int) -> Group:
     """The group with one evenly placed run of its candidates."""
     first, last = group.candidates
-    start = first + (last - first - SAMPLE_COLUMNS) * part // max(1, SAMPLES - 1)
-    return replace(group, candidates=(start, start + SAMPLE_COLUMNS))
+    count = min(SAMPLE_COLUMNS, last - first)
+    start = first + (last - first - count) * part // (SAMPLES - 1)
+    return replace(group, candidates=(start, start + count))
 
 
 def dense_attention(kernel: TorchKernel, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
@@ -123,15 +137,4 @@ def dense_attention(kernel: TorchKernel, q: Tensor, k: Tensor, v: Tensor, geomet
         out[:, rows], lse[:, :, rows] = part.to(out.dtype), part_lse
         if ka < own:
             merge_(out[:, rows], lse[:, :, rows], *kernel.blocks.attend(q[:, rows], k[:, ka:own], v[:, ka:own]))
-    return out, lse
-
-
-def finish_densely(
-    kernel: TorchKernel, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry
-) -> tuple[Tensor, Tensor]:
-    """All candidates of every group join its rows' state: dense attention, the anchor region not computed again."""
-    for group in geometry.groups:
-        if group.candidate_keys:
-            rows, keys = slice(*group.rows), slice(*group.candidates)
-            merge_(out[:, rows], lse[:, :, rows], *kernel.blocks.attend(q[:, rows], k[:, keys], v[:, keys]))
     return out, lse
