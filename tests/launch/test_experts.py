@@ -66,22 +66,10 @@ def config_of(clip: Path, world: int = 4, model: str = "demo-moe", dtype: str = 
     )
 
 
-def tiny_demo(cls: type[DemoAdapter], dtype: torch.dtype, device: str) -> DemoAdapter:
-    """The demo's adapter around tiny weights, the same on every rank."""
-    from launch.encoder import ViT
-
-    torch.manual_seed(2)
-    encoder = ViT(width=12, layers=1, heads=2)
-    for weights in encoder.parameters():
-        weights.data.normal_(0, 0.3)
-    model, words = tiny_models.smollm()
-    return cls(encoder, model.to(dtype).requires_grad_(False), words)
-
-
 def watch(group: Any, configs: Sequence[RunConfig]) -> list[RankRecord]:
     """One run after the other, with tiny weights."""
     torch.set_num_threads(1)
-    DemoAdapter.load = classmethod(tiny_demo)
+    DemoAdapter.load = classmethod(tiny_models.demo)
     return [replace(pipeline.run(config, group, Log()), rank=group.rank(), world=group.size()) for config in configs]
 
 

@@ -49,6 +49,18 @@ def test_the_demo_on_four_ranks_equals_one_rank(tmp_path: Path) -> None:
     assert command("report", str(tmp_path / "out")).returncode == 0
 
 
+def test_the_demo_with_experts_on_four_ranks_equals_the_dense_one() -> None:
+    arguments = ["clip:bikes", "--frames", "2", "--nproc", "4", "--model", "demo-moe", "--experts", "4", "--verify"]
+    done = command("run", *arguments, "--json", "--quiet", "--max-new-tokens", "3")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["verify"]["max_logit_diff"] <= 2e-4 and report["verify"]["same_tokens"]
+    found = report["experts"]
+    assert (found["experts"], found["ep"], found["etp"], found["edp"]) == (4, 4, 1, 1)
+    assert sum(found["tokens_per_expert"]) == sum(report["tokens_per_rank"]) * 2 * 30
+    assert all(found["bytes_sent"][a][b] > 0 for a in range(4) for b in range(4) if a != b)
+
+
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_clip(tmp_path_factory.mktemp("main") / "drift.mp4", 12)
@@ -61,55 +73,6 @@ def test_a_model_directory_runs_over_ranks_and_is_verified(tmp_path: Path, clip:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["verify"]["same_tokens"]
-
-
-def test_clips_of_different_sizes_are_joined_and_it_is_said(tmp_path: Path, clip: Path) -> None:
-    other = make_clip(tmp_path / "other.mp4", 5, height=48, width=96)
-    folder = tiny_models.qwen25(tmp_path / "model")
-    done = command(
-        "run",
-        str(clip),
-        str(other),
-        "--model",
-        str(folder),
-        "--nproc",
-        "2",
-        "--verify",
-        "--json",
-        "--max-new-tokens",
-        "3",
-    )
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert report["frames"] == 17 and report["verify"]["same_tokens"]
-    assert any("resized to 64x40" in warning and "other.mp4 96x48" in warning for warning in report["warnings"])
-
-
-def test_half_precision_is_verified_against_its_own_noise(tmp_path: Path, clip: Path) -> None:
-    folder = tiny_models.llava(tmp_path / "model")
-    done = command(
-        "run", str(clip), "--model", str(folder), "--nproc", "2", "--verify", "--json", "--dtype", "bfloat16"
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["verify"]["tolerance"] >= 2e-4
-
-
-def test_a_verification_above_its_tolerance_fails(tmp_path: Path, clip: Path) -> None:
-    folder = tiny_models.llava(tmp_path / "model")
-    arguments = [
-        "run",
-        str(clip),
-        "--model",
-        str(folder),
-        "--nproc",
-        "2",
-        "--verify",
-        "--set",
-        "output.tolerance=1e-30",
-    ]
-    done = command(*arguments, "--set", "generate.max_new_tokens=3")
-    assert done.returncode == 1
-    assert "tolerance 1.00e-30): does not hold" in done.stdout.lower() and "verification failed" in done.stderr
 
 
 def bare_model(folder: Path) -> Path:
@@ -132,6 +95,11 @@ MISTAKES = {
         "more ranks than the",
     ),
     "model without weights": (["good.mp4", "--model", "bare"], "has no weights"),
+    "illegal folding": (
+        ["good.mp4", "--model", "demo-moe", "--nproc", "4", "--ep", "3"],
+        "rule 'etp x ep x pp divides world' is broken for experts",
+    ),
+    "experts for a dense model": (["good.mp4", "--ep", "2"], "model demo has no experts"),
     "wrong setting": (["good.mp4", "--set", "reduce.windw=3"], "reduce.window"),
 }
 

@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 
-from launch.encoder import ViT
 from launch.models.base import VISUAL, splice
 from launch.models.demo import DemoAdapter
 from tests.launch import tiny_models
@@ -13,11 +12,7 @@ from tests.launch import tiny_models
 
 @pytest.fixture(scope="module")
 def adapter():
-    torch.manual_seed(2)
-    encoder = ViT(width=12, layers=1, heads=2)
-    for weights in encoder.parameters():
-        weights.data.normal_(0, 0.3)
-    return DemoAdapter(encoder, *tiny_models.smollm())
+    return tiny_models.demo(DemoAdapter)
 
 
 @pytest.fixture(scope="module")

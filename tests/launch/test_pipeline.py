@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +25,11 @@ from launch.config import (
 )
 from launch.errors import ConfigError
 from launch.models.base import VisualPlan
+from launch.models.demo import DemoAdapter
 from launch.preflight import method_of, planned_frames, preflight
 from launch.progress import Log
-from launch.records import RankRecord
+from launch.records import RankRecord, merge, verified
+from launch.report import as_text
 from launch.watch import Windows, jobs
 from tests.launch import tiny_models
 from tests.launch.drift import make_clip
@@ -86,18 +91,36 @@ def test_any_number_of_ranks_writes_what_one_rank_writes(
         assert cells == sorted((k["frame"], tuple(k["cells"])) for k in alone.kept)
 
 
-@pytest.mark.parametrize("method", methods())
+def run_demo_rank(group: Any, config: RunConfig) -> RankRecord:
+    """With tiny weights for the demo, whose encoder gives channels."""
+    DemoAdapter.load = classmethod(tiny_models.demo)
+    return run_rank(group, config)
+
+
+@pytest.mark.parametrize("method", [name for name in methods() if build(name).needs <= DemoAdapter.channels])
 def test_every_reducer_keeps_the_same_tokens_on_any_number_of_ranks(
     pool: Pool, clip: Path, models: dict[str, str], method: str
 ) -> None:
+    plain = not build(method).needs
     spec = method if method == "identity" else f"{method}:0.3"
-    options = {"reduce__spec": spec, "reduce__window": 16, "output__verify": False}
+    options = {"reduce__spec": spec, "reduce__window": 16 if plain else 3, "output__verify": False}
     source = models["llava"]
-    alone = run_rank(None, config_of(clip, source, 1, **options))
-    records = pool.run(3, run_rank, config_of(clip, source, 3, **options))
+    if not plain:
+        options["video__frames"], source = 4, "demo"
+    (alone,) = pool.run(1, run_demo_rank, config_of(clip, source, 1, **options))
+    records = pool.run(3, run_demo_rank, config_of(clip, source, 3, **options))
     assert records[0].generated_ids == alone.generated_ids
     assert records[0].tokens_after == alone.tokens_after
     assert (alone.tokens_after == alone.tokens_before) == (method == "identity")
+
+
+@pytest.mark.parametrize("method", ["visionzip", "mmtok"])
+def test_a_reducer_that_needs_what_the_model_does_not_give_is_refused(
+    clip: Path, models: dict[str, str], method: str
+) -> None:
+    needs = ", ".join(sorted(build(method).needs))
+    with pytest.raises(ConfigError, match=f"reducer {method} needs {needs}, which model"):
+        run_rank(None, config_of(clip, models["llava"], 1, reduce__spec=f"{method}:0.3"))
 
 
 def test_windows_do_not_depend_on_ranks_and_ranks_cover_every_frame_once() -> None:
@@ -134,13 +157,41 @@ def test_the_cache_is_shared_out_evenly(pool: Pool, clip: Path, models: dict[str
     assert all(r.cache_bytes <= 1.05 * whole / 3 for r in records), ([r.cache_bytes for r in records], whole)
 
 
-def test_positions_above_the_trained_context_are_a_warning(clip: Path, models: dict[str, str]) -> None:
-    short = run_rank(None, config_of(clip, models["llava"], 1, video__frames=2, output__verify=False))
+def test_positions_above_the_trained_context_are_a_warning(clip: Path, models: dict[str, str], tmp_path: Path) -> None:
+    folder = shutil.copytree(models["llava"], tmp_path / "model")
+    known = json.loads((folder / "config.json").read_text())
+    known["text_config"]["max_position_embeddings"] = 190
+    (folder / "config.json").write_text(json.dumps(known))
+    short = run_rank(None, config_of(clip, str(folder), 1, video__frames=2, output__verify=False))
     assert short.warnings == []
-    long = run_rank(
-        None, config_of(clip, models["llava"], 1, video__loop=120, reduce__spec="uniform:0.05", output__verify=False)
-    )
+    long = run_rank(None, config_of(clip, str(folder), 1, reduce__spec="uniform:0.05", output__verify=False))
     assert len(long.warnings) == 1 and "trained for" in long.warnings[0]
+
+
+def test_clips_of_different_sizes_are_joined_and_it_is_said(
+    pool: Pool, clip: Path, models: dict[str, str], tmp_path: Path
+) -> None:
+    other = make_clip(tmp_path / "other.mp4", 5, height=48, width=96)
+    config = config_of(clip, models["qwen25"], 2)
+    record = pool.run(2, run_rank, replace(config, video=VideoConfig(paths=(str(clip), str(other)))))[0]
+    assert record.frames == 26 and record.verify is not None and record.verify["same_tokens"]
+    assert any("resized to 64x40" in warning and "other.mp4 96x48" in warning for warning in record.warnings)
+
+
+def test_half_precision_is_verified_against_its_own_noise(pool: Pool, clip: Path, models: dict[str, str]) -> None:
+    config = config_of(clip, models["llava"], 2)
+    half = replace(config, model=ModelConfig(source=models["llava"], dtype="bfloat16"))
+    record = pool.run(2, run_rank, half)[0]
+    assert record.verify is not None and record.verify["tolerance"] >= 2e-4
+    assert record.verify["written_within_tolerance"] and record.verify["all_within_tolerance"]
+
+
+def test_a_verification_above_its_tolerance_does_not_hold(pool: Pool, clip: Path, models: dict[str, str]) -> None:
+    records = pool.run(2, run_rank, config_of(clip, models["llava"], 2, output__tolerance=1e-30))
+    ranked = [replace(record, rank=rank, world=2) for rank, record in enumerate(records)]
+    report = merge(ranked, engine="torchrun", config={})
+    assert not verified(report)
+    assert "tolerance 1.00e-30): does not hold" in as_text(report).lower()
 
 
 def test_more_ranks_than_tokens_is_refused_on_every_rank(pool: Pool, clip: Path, models: dict[str, str]) -> None:
@@ -181,7 +232,7 @@ def test_method_and_frames_come_from_the_configuration(clip: Path) -> None:
 
 
 def test_the_command_and_the_library_know_the_same_schedules() -> None:
-    from launch.config import SCHEDULES
+    from launch.config_model import SCHEDULES
     from tokenring.schedules import NAMES
 
     assert SCHEDULES == NAMES

@@ -146,6 +146,18 @@ def smollm():
     return LlamaForCausalLM(LlamaConfig(**{**TEXT, "bos_token_id": 0})).eval(), words
 
 
+def demo(cls, dtype=torch.float32, device="cpu"):
+    """A demo adapter (`cls`) around tiny weights, the same in every process; `cls.load = classmethod(demo)` makes it the demo."""
+    from launch.encoder import ViT
+
+    torch.manual_seed(2)
+    encoder = ViT(width=12, layers=1, heads=2)
+    for weights in encoder.parameters():
+        weights.data.normal_(0, 0.3)
+    model, words = smollm()
+    return cls(encoder, model.to(dtype).requires_grad_(False), words)
+
+
 def token_ids():
     return {
         "image_token_id": IDS["<|image_pad|>"],
