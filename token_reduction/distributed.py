@@ -10,6 +10,9 @@ What travels besides one small header per rank (method, sizes):
     identity, uniform, random, pool    nothing
     evs                                previous-frame rows that live on another rank, one number per token
     divprune                           candidate rows: some for the first choice, a pool of at most 512 rows per round
+    every other                        nothing for a frame (or item) that lies whole on one rank; one that is cut is put together
+                                       on all ranks: its features, or its channels alone where a method looks at no features
+    merges                             when applied, the rows that an anchor gathers from other ranks (`Reduction.borrow`)
 """
 
 from __future__ import annotations

@@ -60,8 +60,11 @@ class UnitReducer(Reducer):
     def select_one(self, batch: Batch, count: int) -> Selection:
         """The answer for a batch of one unit."""
 
+    text_space: ClassVar[str] = "x"
+    """The plane whose width `text` must share."""
+
     def problem(self, shard: TokenShard, counts: Sequence[int]) -> str | None:
-        return super().problem(shard, counts) or refuse_unfinite(self, shard)
+        return super().problem(shard, counts) or refuse_unfinite(self, shard) or refuse_channels(self, shard)
 
     def reduce_shard(
         self,
@@ -100,6 +103,27 @@ class UnitReducer(Reducer):
         if not self.draws or generator is None:
             return 0
         return int(torch.randint(2**40, (), generator=generator, device=generator.device))
+
+
+def refuse_channels(method: UnitReducer, shard: TokenShard) -> str | None:
+    """Why a channel that the method needs cannot be what it should be, or None."""
+    for name in sorted(method.needs - {"text"}):
+        value = shard.channels[name]
+        if name in ("cls_attn", "recv_attn") and value.dim() not in (1, 2):
+            return f"{method.name} needs {name} as (N,) or (N, layers), got {tuple(value.shape)}"
+        if not bool(torch.isfinite(value).all()):
+            return f"{method.name} compares {name} and it holds NaN or infinity; look at the encoder or the dtype"
+    if "text" not in method.needs:
+        return None
+    width = (shard.x if method.text_space == "x" else shard.channels[method.text_space]).shape[1]
+    for item in range(len(shard.grid)):
+        text = text_of(shard.channels, item)
+        if text.dim() != 2 or text.shape[0] < 1 or text.shape[1] != width or not bool(torch.isfinite(text).all()):
+            return (
+                f"{method.name} compares text with {method.text_space}: give finite rows (m, {width}), m >= 1, for item {item}, "
+                f"got {tuple(text.shape)}; embed both in one space"
+            )
+    return None
 
 
 class _Pieces:

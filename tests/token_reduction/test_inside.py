@@ -126,7 +126,7 @@ def test_probes_equal_the_full_map():
     torch.testing.assert_close(probe.received(text), a[:, text].mean((0, 1)))
     torch.testing.assert_close(probe.row(30), a[:, 30].mean(0))
     torch.testing.assert_close(probe.shares(text, visual), a[:, text][..., visual].sum(-1))
-    assert probe.share(text, visual) == pytest.approx(float(a[:, text][..., visual].sum(-1).mean()))
+    assert probe.share(text, visual) == pytest.approx(float(a[:, text][..., visual].sum(-1).mean().detach()))
 
 
 def test_pagerank_equals_power_iteration_over_the_full_map():

@@ -199,3 +199,46 @@ def test_published_forms_that_let_the_data_decide_really_do():
     for name in adaptive:
         assert build(name, variant="paper").reduce(tokens, Budget.count(120)).index.numel() <= 120
     assert build("prumerge", variant="paper").reduce(tokens, Budget.count(120)).index.numel() < 120
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "channel", "value", "message"),
+    [
+        ("mmtok", {}, "text", torch.zeros(3, 5), r"text with x: give finite rows \(m, 12\)"),
+        ("catp", {}, "text", torch.zeros(0, 12), "m >= 1"),
+        ("cdpruner", {}, "patches", torch.zeros(131, 7), "text with patches"),
+        ("vtc_cls", {}, "cls_attn", torch.zeros(131, 2, 2), r"cls_attn as \(N,\) or \(N, layers\)"),
+        ("visionzip", {}, "keys", torch.full((131, 4), float("nan")), "compares keys and it holds NaN"),
+        ("vflowopt", {"heads": 4}, "cls_attn", torch.zeros(131), "multiple of 4 heads"),
+        ("globalcom2", {"crops": (3, 3)}, "cls_attn", torch.rand(131), "4 frames after its thumbnail"),
+    ],
+)
+def test_channels_of_another_shape_are_refused_before_anything_is_sent(name, options, channel, value, message):
+    tokens = batch()
+    channels = {**tokens.channels, channel: value}
+    wrong = type(tokens)(tokens.x, tokens.cu_seqlens, tokens.grid, tokens.positions, channels)
+    with pytest.raises(ValueError, match=message):
+        build(name, **options).reduce(wrong, Budget.ratio(0.5))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("todre", {"diversity": "sum"}, "k-center or max-sum"),
+        ("facility", {"sampler": "greedy"}, "exact or stochastic"),
+        ("facility", {"accuracy": 1.0}, "between 0 and 1"),
+        ("visionzip", {"contextual": 1.0}, "between 0 and 1"),
+        ("centerclip", {"algorithm": "k-means"}, "k-medoids or spectral"),
+        ("tome", {"per_round": 0}, "at least 1 token"),
+        ("cdpruner", {"block": 0}, "at least 1"),
+        ("dart", {"pivots": 0}, "at least 1 pivot"),
+        ("vflowopt", {"m": 0.5}, "m >= 1"),
+        ("vispruner", {"important": 1.5}, "in 0..1"),
+        ("holitom", {"longest": 0}, "longest >= 1"),
+        ("token_transforming", {"sources": 0}, "at least 1 token"),
+        ("vmtc", {"primary": 2.0}, "in 0..1"),
+    ],
+)
+def test_options_outside_their_range_are_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        build(name, **options)

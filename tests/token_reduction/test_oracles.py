@@ -300,9 +300,9 @@ def test_correlation_draws_in_proportion():
     weight = torch.tensor([1.0, 2.0, 5.0])[:, None]
     tokens, hits = one(torch.eye(3), cls_attn=weight), torch.zeros(3)
     chance, method = torch.Generator().manual_seed(0), build("correlation", variant="paper")
-    for _ in range(2000):
+    for _ in range(800):
         hits[method.reduce(tokens, Budget.count(1), chance).index] += 1
-    torch.testing.assert_close(hits / 2000, torch.tensor([1 / 8, 2 / 8, 5 / 8]), atol=0.04, rtol=0)
+    torch.testing.assert_close(hits / 800, torch.tensor([1 / 8, 2 / 8, 5 / 8]), atol=0.06, rtol=0)
 
 
 @pytest.mark.parametrize("count", [1, 9, 40])

@@ -37,6 +37,7 @@ class CDPruner(UnitReducer):
     cost: ClassVar[str] = "O(k n (D + min(k, D))) time, O(n D) memory"
     source: ClassVar[str] = "CDPruner, conditional diversity by greedy DPP MAP"
     form: ClassVar[str] = "authors'"
+    text_space: ClassVar[str] = "patches"
 
     @property
     def needs(self) -> frozenset[str]:

@@ -10,6 +10,7 @@ Source: GlobalCom2, "Global Compression Commander: Plug-and-Play Inference Accel
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,6 +21,7 @@ from torch.nn.functional import interpolate
 from token_reduction.batch import Batch, Selection
 from token_reduction.budget import apportion
 from token_reduction.exact import top
+from token_reduction.tokens import TokenShard
 from token_reduction.unit_reducer import UnitReducer
 
 
@@ -51,13 +53,16 @@ class GlobalCom2(UnitReducer):
     def adaptive(self) -> bool:
         return self.variant == "released"
 
+    def problem(self, shard: TokenShard, counts: Sequence[int]) -> str | None:
+        problem = super().problem(shard, counts)
+        for t, _, _ in shard.grid:
+            if problem is None and t > 1 and self.crops and self.crops[0] * self.crops[1] != t - 1:
+                return f"globalcom2 has crops={self.crops} but the item has {t - 1} frames after its thumbnail; they must agree"
+        return problem
+
     def mosaic(self, crops: int) -> tuple[int, int]:
         """(lines, columns) of the crops."""
         if self.crops is not None:
-            if self.crops[0] * self.crops[1] != crops:
-                raise ValueError(
-                    f"globalcom2 has crops={self.crops} but the item has {crops} frames after its thumbnail; they must agree"
-                )
             return self.crops
         lines = max((d for d in range(1, math.isqrt(crops) + 1) if crops % d == 0), default=1)
         return lines, crops // lines

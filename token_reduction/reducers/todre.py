@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from token_reduction.batch import Batch, Selection
-from token_reduction.selectors.diversity import max_min, max_sum
+from token_reduction.exact import fixed_mean
+from token_reduction.rows import UnitRows
+from token_reduction.selectors.diversity import max_sum
+from token_reduction.selectors.farthest import farthest_from
 from token_reduction.unit_reducer import UnitReducer
 
-_FORMS = {"k-center": max_min, "max-sum": max_sum}
+_FORMS = ("k-center", "max-sum")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,5 +57,9 @@ class ToDRE(UnitReducer):
         _, h, w = batch.grid
         pivot = int((attention[: h * w] if self.thumbnail else attention).argmax())
         form = self.diversity or ("k-center" if self.variant == "best" else "max-sum")
-        order = _FORMS[form](batch.units(center=self.center)[0], count, pivot)
+        if form == "max-sum":
+            order = max_sum(batch.units(center=self.center)[0], count, pivot)
+        else:
+            mean = fixed_mean(batch.x[0]) if self.center else None
+            order = farthest_from(UnitRows(batch.x[0], mean), count, pivot)
         return Selection(order.sort().values)

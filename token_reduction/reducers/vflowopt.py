@@ -10,6 +10,7 @@ Source: VFlowOpt, "A Token Pruning Framework for LMMs with Visual Information Fl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.exact import rest, top
+from token_reduction.tokens import TokenShard
 from token_reduction.unit_reducer import UnitReducer
 
 _BINS = 256
@@ -55,6 +57,15 @@ class VFlowOpt(UnitReducer):
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"queries", "keys"} | ({"pixels"} if self.alpha_v else set()))
+
+    def problem(self, shard: TokenShard, counts: Sequence[int]) -> str | None:
+        return super().problem(shard, counts) or self._heads(shard)
+
+    def _heads(self, shard: TokenShard) -> str | None:
+        queries, keys = (shard.channels[name].shape for name in ("queries", "keys"))
+        if queries != keys or queries[1] % self.heads:
+            return f"vflowopt needs queries and keys (N, C), C a multiple of {self.heads} heads, got {tuple(queries)}, {tuple(keys)}"
+        return None
 
     def select_one(self, batch: Batch, count: int) -> Selection:
         score = self.importance(batch)

@@ -15,7 +15,6 @@ import torch
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.exact import rest, top
-from token_reduction.selectors.pairs import closest
 from token_reduction.unit_reducer import UnitReducer
 
 
@@ -50,8 +49,10 @@ class VisPruner(UnitReducer):
         attention = batch.attention()[0]
         first = top(attention, round(self.important * count))
         left, goal = rest(len(attention), first), count - len(first)
+        q = batch.units()[0]
+        alike = q @ q.mT
         while goal and len(left) > goal:
-            score, _ = closest(batch.x[:, left])
-            gone = 2 * top(score[0], min(self.per_round, len(left) - goal, len(left) // 2))
+            score = alike[left[::2, None], left[1::2]].amax(1)
+            gone = 2 * top(score, min(self.per_round, len(left) - goal, len(left) // 2))
             left = left[rest(len(left), gone)]
         return Selection(torch.cat([first, left[:goal]]).sort().values, scores=attention)

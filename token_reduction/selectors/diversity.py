@@ -1,7 +1,6 @@
-"""Greedy diversity in O(n D) memory: max-sum and max-min from a pivot, and the most probable set of a DPP.
+"""Greedy diversity in O(n D) memory: max-sum from a pivot, and the most probable set of a DPP (max-min: `farthest`).
 
     max-sum   next = arg-min_v sum_{c kept} cos(v, c)
-    max-min   next = arg-max_v min_{c kept} (1 - cos(v, c))
     DPP       next = arg-max_v det L[kept + v] / det L[kept]      L_ij = r_i r_j cos(i, j)
 
 The DPP's ratio is the squared residual d_v of v after projection on the kept, updated by one row of a Cholesky factor each step
@@ -26,19 +25,6 @@ def max_sum(q: Tensor, count: int, pivot: int) -> Tensor:
         total += q @ q[order[-1]]
         total[order[-1]] = math.inf
         order.append(int(total.argmin()))
-    return torch.tensor(order, device=q.device)
-
-
-def max_min(q: Tensor, count: int, pivot: int) -> Tensor:
-    """Farthest-point order (count,) over exact unit rows, from `pivot`; ties go to the lowest index."""
-    half = 0.5 * (q * q).sum(1)
-    nearest = torch.full_like(half, math.inf)
-    order = [pivot]
-    for _ in range(count - 1):
-        last = order[-1]
-        nearest = torch.minimum(nearest, half + half[last] - q @ q[last])
-        nearest[order] = -math.inf
-        order.append(int(nearest.argmax()))
     return torch.tensor(order, device=q.device)
 
 

@@ -13,12 +13,6 @@ from torch import Tensor
 from token_reduction.exact import top, unit_rows
 
 
-def closest(metric: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row of A of (B, m, D) metrics: its best cosine in B (B, a) and which row of B that is."""
-    q = unit_rows(metric)
-    return (q[:, ::2] @ q[:, 1::2].mT).max(-1)
-
-
 def merge_rounds(
     metric: Tensor, count: int, per_round: int | None = None, *, sized: bool, best_first: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,7 +53,8 @@ def merge_rounds(
 def _match(metric: Tensor, r: int, size: Tensor, best_first: bool) -> tuple[Tensor, Tensor]:
     """Place (B, m) of each row among the m - r rows after one round, and the summed sizes (B, m - r)."""
     batch, m, _ = metric.shape
-    score, partner = closest(metric)
+    q = unit_rows(metric)
+    score, partner = (q[:, ::2] @ q[:, 1::2].mT).max(-1)
     order = top(score, score.shape[1])
     gone, stay = order[:, :r], order[:, r:]
     target = 2 * partner.gather(1, gone) + 1
