@@ -64,13 +64,14 @@ def _leaving(call: Call, part: Tensor) -> Tensor:
     for piece in call.cut.halos[call.rank]:
         halo.setdefault(piece.owner, []).append((row, row + piece.rows))
         row += piece.rows
-    heads, columns = (x.split(wanted.counts) for x in (wanted.heads, wanted.columns))
+    heads, columns, far = (x.split(wanted.counts) for x in (wanted.heads, wanted.columns, wanted.far))
     for owner in range(call.cut.world):
         if owner != call.rank:
             near = part[:, rows_of(halo.get(owner, ()), part.device)].transpose(0, 1)
             key_heads = part.shape[2]
-            far = part[heads[owner] // key_heads, columns[owner], heads[owner] % key_heads]
-            parts += [near.reshape(-1, part.shape[3]), far]
+            mine = heads[owner][far[owner]]
+            wide = part[mine // key_heads, columns[owner][far[owner]], mine % key_heads]
+            parts += [near.reshape(-1, part.shape[3]), wide]
     return torch.cat([part.new_empty(0, part.shape[3]), *parts])
 
 

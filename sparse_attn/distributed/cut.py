@@ -209,6 +209,15 @@ class Cut:
             found.append(here)
         return found
 
+    def near(self, rank: int, owner: int) -> Tensor:
+        """int64 (rows of the owner): where a rank's [own rows, halo] has them; -1 for those it has not."""
+        if rank == owner:
+            return torch.arange(self.layout.length(rank))
+        found = torch.full((self.layout.length(owner),), -1, dtype=torch.int64)
+        for row, piece in self._halo_rows[rank].get(owner, ()):
+            found[piece.start : piece.stop] = torch.arange(row, row + piece.rows)
+        return found
+
     def halo_rows(self, rank: int) -> int:
         """How many rows of others a rank's anchor regions need."""
         return sum(piece.rows for piece in self.halos[rank])

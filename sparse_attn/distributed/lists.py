@@ -38,11 +38,10 @@ class Wanted:
 
     lines: Sequence[Tensor]
     """Of each owner: int32 (lines, 1 + W)."""
-    lengths: Sequence[int]
-    """Rows that each owner holds."""
-    rank: int
+    near: Sequence[Tensor]
+    """Of each owner: int64 (its rows), where the workspace has them already, or -1."""
     base: int
-    """The row of the workspace where rows of others begin; those of a head lie in the order of its lines."""
+    """The row of the workspace where the others begin; those of a head lie in the order of its lines."""
 
     @cached_property
     def counts(self) -> list[int]:
@@ -56,20 +55,24 @@ class Wanted:
     @cached_property
     def heads(self) -> Tensor:
         """int64 (lines): batch entry * key heads + key head."""
-        pairs = zip(self.lines, self.lengths)
+        pairs = zip(self.lines, map(len, self.near))
         return torch.cat([lines[:, 0].long() // max(1, length) for lines, length in pairs])
 
     @cached_property
     def rows(self) -> Tensor:
         """int64 (lines): row of the owner's shard."""
-        pairs = zip(self.lines, self.lengths)
+        pairs = zip(self.lines, map(len, self.near))
         return torch.cat([lines[:, 0].long() % max(1, length) for lines, length in pairs])
 
     @cached_property
+    def held(self) -> Tensor:
+        """int64 (lines): row of the workspace that holds the line's row already, or -1."""
+        return torch.cat([near[rows] for near, rows in zip(self.near, self.rows.split(self.counts))])
+
+    @cached_property
     def far(self) -> Tensor:
-        """bool (lines): held by another rank."""
-        owners = torch.repeat_interleave(torch.arange(len(self.lines)), torch.tensor(self.counts))
-        return (owners != self.rank).to(self.words.device)
+        """bool (lines): the row has to be sent."""
+        return self.held < 0
 
     @cached_property
     def columns(self) -> Tensor:
@@ -79,18 +82,18 @@ class Wanted:
         sizes = heads.bincount() if len(heads) else heads
         place = torch.empty_like(heads)
         place[order] = torch.arange(len(heads), device=heads.device) - (sizes.cumsum(0) - sizes)[heads[order]]
-        columns = self.rows.clone()
+        columns = self.held.clone()
         columns[self.far] = self.base + place
         return columns
 
     @property
     def workspace_rows(self) -> int:
-        """Own rows, halo, and as many more as the head with most rows of others has."""
+        """What was there before, and as many more as the head with most rows of others has."""
         heads = self.heads[self.far]
         return self.base + (int(heads.bincount().max()) if len(heads) else 0)
 
     def placed(self, near: Tensor, arrived: Tensor) -> Tensor:
-        """(B, workspace rows, Hkv, D): own rows and halo `near`, then what arrived (far lines, D), head by head."""
+        """(B, workspace rows, Hkv, D): what was there before, then what arrived (far lines, D), head by head."""
         more = near.new_zeros(near.shape[0], self.workspace_rows - near.shape[1], *near.shape[2:])
         whole = torch.cat([near, more], 1)
         heads, key_heads = self.heads[self.far], near.shape[2]

@@ -7,7 +7,7 @@ rescore, every    lines and keys of what passed; each row's verdicts go back; th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class Settled:
     """(B, workspace rows, Hkv, D)."""
     values: Tensor
     sent: list[Tensor]
-    """For each rank the lines of the rows that it got from here; this rank's own among them."""
+    """For each rank the lines of the rows that went there."""
     counts: Counts
 
 
@@ -50,38 +50,58 @@ class Rows:
 
 
 def one_stage(cut: Cut, wire: Wire, lines: list[Tensor], k: Tensor, v: Tensor, near: tuple[Tensor, Tensor]) -> Settled:
-    """Lines, then keys and values. Collective."""
-    wanted, counts = _exchanged(cut, wire, lines, near[0].shape[1])
-    rank = wire.runtime.rank
-    rows = wire.rows("stripes", counts, _leaving(lines, rank, k), _leaving(lines, rank, v))
+    """Lines, then keys and values. Collective.
+
+    near: keys and values of the workspace so far (B, own rows and halo and kept rows, Hkv, D or Dv).
+    """
+    sent = sendable(cut, wire.runtime.rank, lines)
+    wanted, _, counts = _exchanged(cut, wire, lines, sent, near[0].shape[1])
+    rows = wire.rows("stripes", counts, _leaving(sent, k), _leaving(sent, v))
     keys, values = (wanted.placed(x, new) for x, new in zip(near, rows))
-    return Settled(wanted, keys, values, lines, counts)
+    return Settled(wanted, keys, values, sent, counts)
 
 
 def two_stages(
     cut: Cut, wire: Wire, lines: list[Tensor], rows: Rows, k: Tensor, v: Tensor, near: tuple[Tensor, Tensor]
 ) -> Settled:
     """Lines and keys of what passed, exact tests, verdicts back, values. Collective."""
-    rank, each = wire.runtime.rank, rows.q.shape[2] // k.shape[2]
-    passed, counts = _exchanged(cut, wire, lines, k.shape[1])
-    (keys,) = wire.rows("stripes:keys", counts, _leaving(lines, rank, k))
-    words = tested(cut, rank, passed, passed.placed(k, keys), rows)
-    mine = words.split(passed.counts)
-    (back,) = wire.rows("verdicts", mirrored(counts), _floats(_joined(_others(mine, rank), words)))
-    verdicts = _with(mine[rank], _ints(back).split([n for d, n in enumerate(counts[rank]) if d != rank]), rank)
+    rank = wire.runtime.rank
+    sent = sendable(cut, rank, lines)
+    passed, told, counts = _exchanged(cut, wire, lines, sent, near[0].shape[1])
+    (keys,) = wire.rows("stripes:keys", counts, _leaving(sent, k))
+    words = tested(cut, rank, passed, passed.placed(near[0], keys), rows)
+    words, decided = _verdicts(cut, wire, lines, passed, words, told, rows.q.shape[2] // k.shape[2])
+    left, wanted = (words != 0).any(1), passed.only(words)
+    sent = sendable(cut, rank, [x[(x[:, 1:] != 0).any(1)] for x in decided])
+    counts = wire.agreed(list(map(len, sent)), k.device)
+    (values,) = wire.rows("stripes:values", counts, _leaving(sent, v))
+    keys = keys[left[passed.far]]
+    return Settled(wanted, wanted.placed(near[0], keys), wanted.placed(near[1], values), sent, counts)
+
+
+def _verdicts(
+    cut: Cut, wire: Wire, lines: list[Tensor], passed: Wanted, words: Tensor, told: Counts, each: int
+) -> tuple[Tensor, list[Tensor]]:
+    """The final words of the lines that this rank has, and all lines of its own rows with theirs. Collective."""
+    rank, mine = wire.runtime.rank, words.split(passed.counts)
+    (back,) = wire.rows("verdicts", mirrored(told), _floats(_joined(_others(mine, rank), words)))
+    verdicts = _with(mine[rank], _ints(back).split(_others(told[rank], rank)), rank)
     decided = [torch.cat([line[:, :1], word], 1) for line, word in zip(lines, verdicts)]
     if cut.split:
         decided = joined(cut, decided, each)
         final = _joined([x[:, 1:] for x in _others(decided, rank)], words)
-        (arrived,) = wire.rows("verdicts:joined", counts, _floats(final))
+        (arrived,) = wire.rows("verdicts:joined", told, _floats(final))
         words = torch.cat(_with(decided[rank][:, 1:], _ints(arrived).split(_others(passed.counts, rank)), rank))
-    left = (words != 0).any(1)
-    wanted = replace(passed.only(words), base=near[0].shape[1])
-    sent = [x[(x[:, 1:] != 0).any(1)] for x in decided]
-    counts = _agreed(wire, sent, k.device)
-    (values,) = wire.rows("stripes:values", counts, _leaving(sent, rank, v))
-    keys = keys[left[passed.far]]
-    return Settled(wanted, wanted.placed(near[0], keys), wanted.placed(near[1], values), sent, counts)
+    return words, decided
+
+
+def sendable(cut: Cut, rank: int, lines: Sequence[Tensor]) -> list[Tensor]:
+    """For each rank the lines whose rows it has not got yet."""
+    found = []
+    for destination, line in enumerate(lines):
+        missing = (cut.near(destination, rank) < 0).to(line.device)
+        found.append(line[missing[line[:, 0].long() % max(1, len(missing))]] if len(line) else line)
+    return found
 
 
 def tested(cut: Cut, rank: int, passed: Wanted, keys: Tensor, rows: Rows) -> Tensor:
@@ -107,23 +127,24 @@ def tested(cut: Cut, rank: int, passed: Wanted, keys: Tensor, rows: Rows) -> Ten
     return words
 
 
-def _exchanged(cut: Cut, wire: Wire, lines: list[Tensor], base: int) -> tuple[Wanted, Counts]:
-    rank = wire.runtime.rank
-    counts = _agreed(wire, lines, lines[rank].device)
-    (arrived,) = wire.rows("lines", counts, _floats(_joined(_others(lines, rank), lines[rank])))
-    sizes = [counts[s][rank] for s in range(cut.world) if s != rank]
-    mine = _with(lines[rank], _ints(arrived).split(sizes), rank)
-    return Wanted(mine, [cut.layout.length(r) for r in range(cut.world)], rank, base), counts
+def _exchanged(
+    cut: Cut, wire: Wire, lines: list[Tensor], sent: list[Tensor], base: int
+) -> tuple[Wanted, Counts, Counts]:
+    """The lines that this rank has, how many lines and how many rows go from each rank to each. Collective."""
+    rank, ranks = wire.runtime.rank, range(cut.world)
+    device = lines[rank].device
+    mine = [len(x) if d != rank else 0 for d, x in enumerate(lines)]
+    both = wire.agreed([*mine, *map(len, sent)], device)
+    told, rows = tuple(x[: cut.world] for x in both), tuple(x[cut.world :] for x in both)
+    (arrived,) = wire.rows("lines", told, _floats(_joined(_others(lines, rank), lines[rank])))
+    arrived = _ints(arrived).split([told[s][rank] for s in ranks if s != rank])
+    near = [cut.near(rank, owner).to(device) for owner in ranks]
+    return Wanted(_with(lines[rank], arrived, rank), near, base), told, rows
 
 
-def _agreed(wire: Wire, lines: Sequence[Tensor], device: torch.device) -> Counts:
-    rank = wire.runtime.rank
-    return wire.agreed([len(x) if d != rank else 0 for d, x in enumerate(lines)], device)
-
-
-def _leaving(lines: Sequence[Tensor], rank: int, x: Tensor) -> Tensor:
-    """The rows (lines, D) of x (B, rows, Hkv, D) that the lines for other ranks name."""
-    where = _joined([line[:, 0] for line in _others(lines, rank)], lines[rank][:, 0]).long()
+def _leaving(sent: Sequence[Tensor], x: Tensor) -> Tensor:
+    """The rows (lines, D) of x (B, rows, Hkv, D) that lines name."""
+    where = torch.cat([line[:, 0] for line in sent]).long()
     heads, rows = where // max(1, x.shape[1]), where % max(1, x.shape[1])
     return x[heads // x.shape[2], rows, heads % x.shape[2]]
 
