@@ -19,7 +19,7 @@ from sparse_attn.kernels.choice import block_kernel
 from sparse_attn.run import Run
 from sparse_attn.stats import Stats
 from sparse_attn.stripes import StripePlan
-from tokenring import Mask
+from tokenring import Layout, Mask
 
 Numbers = Any
 """A list of whole numbers or an integer tensor."""
@@ -39,6 +39,8 @@ def anchor_attention(
     kv_cu_seqlens: Numbers | None = None,
     keep: Numbers | None = None,
     plan: StripePlan | None = None,
+    group: Any = None,
+    layout: Layout | str = "zigzag",
     kernel: str = "auto",
     return_lse: bool = False,
     return_stats: bool = False,
@@ -59,6 +61,9 @@ def anchor_attention(
         cu_seqlens, kv_cu_seqlens: documents packed in the sequence, each from 0 to the sequence's length.
         keep: rows of k that every later group sees, as part of its anchor region: visual tokens of a multimodal prompt.
         plan: use these columns (see `plan`); leave config, documents and keep out then.
+        group: ProcessGroup, 1-D DeviceMesh or LocalGroup: q, k and v are this rank's rows, and only wanted rows of keys and
+            values travel (see `sparse_attn.distributed.attend`). None: one device.
+        layout: with a group, which rows each rank holds: a Layout, or a name where every rank holds equally many.
         kernel: "auto", "triton", "flashinfer", or the name of a block kernel of tokenring.
         return_lse: also lse. return_stats: also `Stats`.
 
@@ -74,6 +79,22 @@ def anchor_attention(
     >>> out.shape, stats.path
     (torch.Size([1, 300, 4, 16]), 'sparse')
     """
+    if group is not None:
+        from sparse_attn.distributed.api import attend  # it builds on this package
+
+        told = {
+            "config": config,
+            "scale": scale,
+            "mask": mask,
+            "cu_seqlens": cu_seqlens,
+            "keep": keep,
+            "kernel": kernel,
+        }
+        alone = {"kv_cu_seqlens": kv_cu_seqlens, "plan": plan}
+        wanted = {"return_lse": return_lse, "return_stats": return_stats}
+        return attend(q, k, v, group=group, layout=layout, **told, **alone, **wanted)
+    if layout != "zigzag":
+        raise ValueError(f"got layout={layout!r} without a group; give group= too, or leave layout out on one device")
     run = _prepared(q, k, v, config, scale, mask, cu_seqlens, kv_cu_seqlens, keep, plan, kernel)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         out, lse = _Attention.apply(q, k, v, run)

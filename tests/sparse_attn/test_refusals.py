@@ -51,6 +51,7 @@ def test_a_configuration_that_means_nothing_is_refused(options: dict, said: str)
         ({"keep": [60]}, "rows 0 to 59"),
         ({"keep": [0.5]}, "row numbers"),
         ({"scale": 0.0}, "scale"),
+        ({"layout": "striped"}, "without a group"),
         ({"kernel": "warp"}, "warp"),
         ({"config": AnchorConfig(theta=(1.0, 2.0, 3.0))}, "2 heads"),
     ],
@@ -99,3 +100,17 @@ def test_no_query_row_is_left_without_a_key() -> None:
         q, k, v, config=AnchorConfig(theta=-math.inf, block=8, step=2, dense="never"), return_lse=True
     )
     assert lse.isfinite().all() and (out.abs().sum(-1) > 0).all()
+
+
+def test_a_group_runs_over_ranks() -> None:
+    q, k, v = random_qkv(1, 96, 2, 1, 8, torch.float64)
+    config = AnchorConfig(theta=1.0, block=8, step=2, dense="never")
+    layout = tr.Layout.zigzag(96, 3)
+
+    def rank(group: object) -> torch.Tensor:
+        mine = (layout.shard(x, group.rank()) for x in (q, k, v))
+        return anchor_attention(*mine, config=config, group=group, layout=layout)
+
+    whole = anchor_attention(q, k, v, config=config)
+    for number, out in enumerate(tr.run_local(3, rank)):
+        torch.testing.assert_close(out, layout.shard(whole, number), atol=1e-12, rtol=0)
