@@ -17,7 +17,8 @@ from torch import Tensor
 from moe.dispatch.hop import Choice, Hop, Stage, choose_rows
 
 NOTE_BYTES = 256
-_FORMAT = "<?qqq231s"
+TEXT_BYTES = NOTE_BYTES - 25
+_FORMAT = f"<?qqq{TEXT_BYTES}s"
 
 
 @dataclass
@@ -83,7 +84,7 @@ def _notes(stage: Stage, choice: Choice, call: Call) -> tuple[list[int], list[in
     transport, peers, place = stage.transport, stage.peers, stage.place
     others = [p for p in range(len(peers)) if p != place]
     said = call.refusal if call.refusal is not None else call.text
-    body = said.encode()[:231]
+    body = _fitting(said)
     mine = [(call.refusal is not None, choice.row_splits[p], choice.entry_splits[p], call.flags, body) for p in others]
     sends = [(peers[p], _bytes(struct.pack(_FORMAT, *note))) for p, note in zip(others, mine)]
     slots = {p: torch.empty(NOTE_BYTES, dtype=torch.uint8) for p in others}
@@ -99,7 +100,7 @@ def _notes(stage: Stage, choice: Choice, call: Call) -> tuple[list[int], list[in
         call.flags |= flags
         if call.refusal is None and refuses:
             call.refusal = words if words.startswith("rank ") else f"rank {peers[p]} of the group refused: {words}"
-        elif call.refusal is None and words != call.text[: len(words)]:
+        elif call.refusal is None and text.rstrip(b"\0") != _fitting(call.text):
             call.refusal = (
                 f"ranks of the group mean different calls: {call.text!r} and {words!r}; give the same everywhere"
             )
@@ -147,6 +148,12 @@ def _unpack(
     end = middle + entries * ids.itemsize
     parts = (raw[:middle].view(weight), raw[middle:end].view(ids))
     return (*parts, raw[end:].view(small)) if counted else parts
+
+
+def _fitting(text: str) -> bytes:
+    """What a note has room for; dots say that there was more."""
+    data = text.encode()
+    return data if len(data) <= TEXT_BYTES else data[: TEXT_BYTES - 3] + b"..."
 
 
 def _bytes(data: bytes) -> Tensor:
