@@ -92,7 +92,7 @@ def measure(case: tuple, options: argparse.Namespace) -> dict:
 
 
 def in_process(case: tuple, options: argparse.Namespace) -> dict:
-    """The case in a child of its own, which an alarm ends."""
+    """The case in a child of its own, which ends with its time."""
     here, there = multiprocessing.Pipe(duplex=False)
     child = multiprocessing.get_context("fork").Process(target=_send, args=(there, case, options))
     child.start()
@@ -106,7 +106,7 @@ def in_process(case: tuple, options: argparse.Namespace) -> dict:
 
 
 def _send(pipe: object, case: tuple, options: argparse.Namespace) -> None:
-    signal.alarm(options.limit)
+    signal.setitimer(signal.ITIMER_PROF, options.limit)
     pipe.send(measure(case, options))
 
 
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--schedules", nargs="+", default=SCHEDULES)
     parser.add_argument("--direction", choices=("forward", "backward"), default="forward")
     parser.add_argument("--check-world", type=int, default=64, help="largest world whose plans are proven")
-    parser.add_argument("--limit", type=int, default=120, help="seconds a case may take")
+    parser.add_argument("--limit", type=int, default=120, help="seconds of processor time that a case may take")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
