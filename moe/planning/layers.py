@@ -173,18 +173,19 @@ class Layers:
         for half in (attention, inner):
             for part, (forward, backward) in half.items():
                 parts.put(part, forward, backward)
-        self._overlap(parts)
+        hidden = self._overlap(parts)
         if share:
-            again = inner.total(0) + (attention.total(0) if recompute == "full" else 0)
+            again = inner.total(0) - hidden + (attention.total(0) if recompute == "full" else 0)
             parts.put("recomputation", 0.0, share * again)
         return parts
 
-    def _overlap(self, parts: Parts) -> None:
-        """Exchanges beside another micro-batch's computing: no more hides than there is to compute."""
+    def _overlap(self, parts: Parts) -> float:
+        """Lay exchanges beside another micro-batch's computing; no more hides than there is. Seconds hidden forward."""
         exchange = parts[EXCHANGE]
         rest = [parts.total(side) - exchange[side] for side in (0, 1)]
         hidden = [min(self.job.exchange_overlap * t, other) for t, other in zip(exchange, rest)]
         parts.put(EXCHANGE, -hidden[0], -hidden[1])
+        return hidden[0]
 
     def head(self) -> Parts:
         """Output projection, its gather, and the cross entropy in float32."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from moe import Folding, traffic
@@ -160,6 +163,15 @@ def test_fp8_keeps_less_for_the_backward_pass() -> None:
     wide, narrow = (plan("mixtral-8x22b", f, global_batch=256, precision=p, recompute="none") for p in ("bf16", "fp8"))
     assert narrow.memory.activations < wide.memory.activations
     assert narrow.memory.weights > wide.memory.weights
+
+
+def test_the_guide_runs_and_prints_what_it_says(capsys) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "moe_planner.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.S).group(1)
+    exec(compile(code, "moe_planner.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    said = [line.split("  # ")[1] for line in code.splitlines() if "  # " in line]
+    assert len(said) == 3 and all(line in printed for line in said)
 
 
 # -- search ---------------------------------------------------------------------------------------------------------------
