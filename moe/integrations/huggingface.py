@@ -85,7 +85,8 @@ def _through(d: Dispatcher, experts: Any, hidden_states: Tensor, top_k_index: Te
     )  # some forwards refuse no rows at all, and every parameter must stay in the graph
     if filler:
         rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-        counts = counts + torch.nn.functional.one_hot(torch.tensor(0), counts.numel())
+        counts = counts.clone()
+        counts[0] += 1
     ids = torch.arange(counts.numel(), device=rows.device).repeat_interleave(counts.to(rows.device)).unsqueeze(1)
     out = experts(rows, ids, torch.ones_like(ids, dtype=top_k_weights.dtype)).to(hidden_states.dtype)
     return d.combine(out[filler:], sent)
