@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from launch.config import RunConfig
 from launch.errors import ConfigError
@@ -22,6 +23,7 @@ from launch.models.base import Adapter
 from launch.models.upcycled import ExpertBlock, SpreadLayer
 from moe import Folding
 from moe.dispatch import MoETraffic
+from moe.folding_groups import FoldingGroups
 from tokenring.transport import Transport, connect
 
 FAMILIES = ("demo-moe",)
@@ -81,7 +83,10 @@ class Experts:
     folding: Folding
     block: ExpertBlock
     layers: Sequence[SpreadLayer]
-    rank: int
+    runtime: Transport
+    """Of all ranks."""
+    groups: FoldingGroups | None = field(default=None, repr=False)
+    """None where no expert is spread."""
     moved: MoETraffic | None = field(default=None, repr=False)
 
     @classmethod
@@ -90,9 +95,10 @@ class Experts:
         if adapter.name not in FAMILIES:
             return None
         folding = folding_of(config, adapter.text_model.config.intermediate_size)
-        block = _block(config, folding, runtime)
+        groups = folding.create_groups() if folding.ep * folding.etp > 1 else None
+        block = _block(config, folding, groups, runtime)
         keep_dense = config.output.verify and runtime.rank == 0
-        return cls(folding, block, adapter.spread_experts(block, keep_dense), runtime.rank)
+        return cls(folding, block, adapter.spread_experts(block, keep_dense), runtime, groups)
 
     @contextmanager
     def counting(self) -> Iterator[None]:
@@ -101,10 +107,19 @@ class Experts:
         with self.layers[0].layer.dispatcher.count_traffic() as self.moved:
             yield
 
+    def close(self) -> None:
+        """Collective over all ranks: let go of the groups; from now on the model runs alone only."""
+        if self.groups is not None:
+            # nobody closes a connection that another rank still reads from
+            self.runtime.all_gather(torch.zeros(1, device=self.runtime.device), same_shape=True, control=True)
+            for group in set(self.groups.by_axes.values()):
+                dist.destroy_process_group(group)
+            self.groups = None
+
     def record(self) -> dict[str, Any]:
         """This rank's share of the report; see `launch.experts_report.merge_experts`."""
         assert self.moved is not None
-        f, here = self.folding, self.folding.coordinates(self.rank)
+        f, here = self.folding, self.folding.coordinates(self.runtime.rank)
         return {
             "experts": self.block.experts,
             "topk": self.block.topk,
@@ -122,19 +137,18 @@ class Experts:
 
     def _to_ranks(self, sent: dict[tuple[int, int], int]) -> list[int]:
         """Bytes for each rank of the run, from bytes between places of the EP x ETP block."""
-        block = next(group for group in self.folding.moe_groups("etp-ep") if self.rank in group)
+        block = next(group for group in self.folding.moe_groups("etp-ep") if self.runtime.rank in group)
         row = [0] * self.folding.world
         for (_, place), size in sent.items():
             row[block[place]] = size
         return row
 
 
-def _block(config: RunConfig, folding: Folding, runtime: Transport) -> ExpertBlock:
+def _block(config: RunConfig, folding: Folding, made: FoldingGroups | None, runtime: Transport) -> ExpertBlock:
     moe, size = config.moe, folding.ep * folding.etp
     groups: dict[str, Any] = {}
     per_node = moe.ranks_per_node
-    if size > 1:
-        made = folding.create_groups()
+    if made is not None:
         groups = {"ep_group": made["ep"], "etp_group": made["etp"]}
         for group in groups.values():
             connect(group, timeout_seconds=config.engine.exchange_timeout_seconds)

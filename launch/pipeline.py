@@ -68,6 +68,8 @@ class _Run:
             who, short, layout, part = self.splice(plan, kept)
             answer, cache = self.write(short, layout, part)
             sent = {peer: size for (_, peer), size in traffic.sent.items()}
+        if self.experts is not None:
+            self.experts.close()
         compared = self.verify(short, kept, who, layout, answer) if self.config.output.verify else None
         return RankRecord(
             schedule=_schedule(adapter, layout, self.config),
