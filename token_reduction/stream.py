@@ -68,31 +68,47 @@ def reduce_stream(
     >>> [w.index.tolist() for w in reduce_stream(build("uniform"), runs, Budget.ratio(0.25), window=4)]
     [[2, 6, 10, 14], [18, 22]]
     """
-    if window < 1:
-        raise ValueError(f"a window holds at least 1 frame, got {window}")
-    if budget.kind == "count" and total_frames is None:
-        raise ValueError("a count of the whole video needs total_frames; give it, or a ratio")
-    budgets: list[Budget] | None = None
+    said = _Said(budget, window, total_frames)
     done = kept = 0
     for number, tokens in enumerate(_regroup(runs, window)):
-        t, h, w = tokens.grid[0]
-        if budgets is None and total_frames is not None:
-            cuts = windows(total_frames, window)
-            budgets = split_budget(budget, [(last - first) * h * w for first, last in cuts])
-        if total_frames is not None and done + t > total_frames:
-            raise ValueError(
-                f"the runs hold more than the {total_frames} frames that were said; give the true total_frames"
-            )
-        share = budget if budgets is None else budgets[number]
+        share = said.share(number, done, tokens.grid[0])
         result = method.reduce(tokens, share, torch.Generator().manual_seed(seed + number))
         yield _kept(tokens, result, done)
-        done, kept = done + t, kept + result.index.numel()
+        done, kept = done + tokens.grid[0][0], kept + result.index.numel()
         if progress:
             progress(done, kept)
-    if total_frames is not None and done != total_frames:
-        raise ValueError(
-            f"the runs hold {done} frames, not the {total_frames} that were said; give the true total_frames"
-        )
+    said.end(done)
+
+
+class _Said:
+    """The budget of each window, and whether the video is as long as was said."""
+
+    def __init__(self, budget: Budget, window: int, total: int | None) -> None:
+        if window < 1:
+            raise ValueError(f"a window holds at least 1 frame, got {window}")
+        if budget.kind == "count" and total is None:
+            raise ValueError("a count of the whole video needs total_frames; give it, or a ratio")
+        self.budget, self.window, self.total = budget, window, total
+        self.shares: list[Budget] | None = None
+
+    def share(self, number: int, done: int, grid: tuple[int, int, int]) -> Budget:
+        t, h, w = grid
+        if self.total is None:
+            return self.budget
+        if done + t > self.total:
+            raise ValueError(
+                f"the runs hold more than the {self.total} frames that were said; give the true total_frames"
+            )
+        if self.shares is None:
+            cuts = windows(self.total, self.window)
+            self.shares = split_budget(self.budget, [(last - first) * h * w for first, last in cuts])
+        return self.shares[number]
+
+    def end(self, done: int) -> None:
+        if self.total is not None and done != self.total:
+            raise ValueError(
+                f"the runs hold {done} frames, not the {self.total} that were said; give the true total_frames"
+            )
 
 
 def _kept(tokens: VisualTokens, result: Reduction, first_frame: int) -> KeptWindow:
