@@ -16,8 +16,8 @@ from sparse_attn.geometry import Geometry
 
 HEAD_DIM = 64
 """Of the measured pairs: calls weigh less beside pairs of more dims."""
-WHOLE_CALL = 400_000.0
-"""What every sparse call costs before its first group: about a millisecond."""
+WHOLE_CALL = 1_000_000.0
+"""What every sparse call costs before its first group, the sample included: about three milliseconds."""
 GROUP = 60_000.0
 """A group's share of identification and merge, whatever its heads: about 200 microseconds."""
 CALL = 15_000.0
@@ -26,9 +26,11 @@ GATHERED_ROW = 6.0
 """A row of keys and values copied: 19 ns."""
 PRODUCT = 0.45
 """A product tested in the inputs' dtype, beside the two products and the exponential of attention."""
-LIKELY_STRIPES = 0.05
+WORTH = 0.6
+"""Stripes run where the model promises this share of dense or less: it leaves out cache misses and the sample's own time."""
+LIKELY_STRIPES = 0.1
 """Share of candidates kept, where nothing has been looked at yet."""
-LIKELY_PASSED = 0.2
+LIKELY_PASSED = 0.3
 """Share of candidates that pass the bound of `rescore`, where nothing has been looked at yet."""
 
 
@@ -92,4 +94,4 @@ def pays(geometry: Geometry, config: AnchorConfig, heads: int, dim: int) -> tupl
     dense = geometry.causal_pairs
     sparse = sparse_cost(geometry, config, heads, dim, LIKELY_STRIPES, LIKELY_PASSED)
     said = f"modelled: {sparse / max(1, dense):.2f} of dense at {LIKELY_STRIPES:.0%} of the candidates"
-    return sparse < dense, said
+    return sparse < WORTH * dense, said

@@ -20,8 +20,8 @@ from sparse_attn.stats import Stats
 from sparse_attn.stripes import StripePlan
 from tokenring.merge import accumulator_dtype, merge_
 
-SAMPLES, SAMPLE_COLUMNS = 4, 128
-"""What is looked at before the rest is tested: so many runs of so many candidates of one late group."""
+SAMPLE_COLUMNS = 512
+"""What is looked at before the rest is tested: so many candidates in the middle of those of one late group."""
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Run:
             sparse = cost.sparse_cost(self.geometry, self.config, heads, dim, kept, passed, lists)
             share = sparse / max(1, self.geometry.causal_pairs)
             self.why = f"modelled from a sample: {share:.2f} of dense at {kept:.0%} of the candidates"
-            worth = share < 1
+            worth = share < cost.WORTH
         return None if worth else self._dense(q, k, self.why)
 
     def _sampled(self, q: Tensor, k: Tensor) -> tuple[float, float]:
@@ -98,9 +98,8 @@ class Run:
         kernel = TorchKernel(block_kernel(self.kernel), q, k, self.scale)
         _, lse = kernel.anchor(q, k, k, geometry, None)
         searching = finder(q, k, lse, geometry, self.config, self.scale)
-        spans = [_span(geometry.groups[0], part) for part in range(SAMPLES)]
-        kept = torch.cat([searching.kept(span, 0) for span in spans], 1)
-        passed = torch.cat([searching.passed(span, 0) for span in spans], 1)
+        middle = _middle(geometry.groups[0])
+        kept, passed = searching.kept(middle, 0), searching.passed(middle, 0)
         return float(kept.double().mean()), float(passed.double().mean())
 
     def _dense(self, q: Tensor, k: Tensor, why: str) -> StripePlan:
@@ -115,11 +114,11 @@ def _dense_plan(
     return StripePlan.dense(geometry, batch, q_heads, kv_heads, device, why)
 
 
-def _span(group: Group, part: int) -> Group:
-    """The group with one evenly placed run of its candidates."""
+def _middle(group: Group) -> Group:
+    """The group with a run of its candidates, from their middle."""
     first, last = group.candidates
     count = min(SAMPLE_COLUMNS, last - first)
-    start = first + (last - first - count) * part // (SAMPLES - 1)
+    start = first + (last - first - count) // 2
     return replace(group, candidates=(start, start + count))
 
 

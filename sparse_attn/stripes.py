@@ -104,6 +104,8 @@ class StripePlan:
     @property
     def stripe_density(self) -> float:
         """The paper's ratio: kept columns / (N^2 / 2G) a head, without the anchor region."""
+        if self.path == "dense":
+            return 0.0
         g = self.geometry
         per_head = float(self.counts.double().mean(dim=(1, 2)).sum()) if len(g.groups) else 0.0
         return per_head / max(1.0, g.causal_pairs / g.rows)
