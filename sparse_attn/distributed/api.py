@@ -18,7 +18,7 @@ from sparse_attn.distributed.cut import cut_of
 from sparse_attn.distributed.stats import RankStats
 from sparse_attn.geometry import Geometry, documents_of
 from sparse_attn.identify.products import test_dtype
-from sparse_attn.kernels.torch_kernel import TorchKernel
+from sparse_attn.kernels.choice import block_kernel, executor
 from tokenring import AttentionShape, Layout, Mask, attention, connect, plan
 from tokenring.agreement import refuse
 from tokenring.transport import Transport
@@ -64,12 +64,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, group: Any, layout: Layout | str 
     except ValueError as error:
         refuse(runtime, error)
         raise
-    if call.stats.path == "dense":
+    with torch.no_grad():
+        made = None if call.stats.path == "dense" else call.forward(q, k, v)
+    if made is None:
         out, lse = _dense(call, q, k, v)
     elif torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        out, lse = _Attention.apply(q, k, v, call)
+        out, lse = _Attention.apply(q, k, v, call, made)
     else:
-        out, lse = call.forward(q, k, v)
+        out, lse = made
     found: tuple[Any, ...] = (out.to(q.dtype),)
     if options.get("return_lse"):
         found += (lse,)
@@ -107,7 +109,7 @@ def _prepared(
     geometry = Geometry.of(documents, *cost.resolved(config, longest))
     rows = kept_rows(keep, q.new_empty(()).expand(1, cut.total))
     found = cut_of(geometry, cut.at(0), () if rows is None else tuple(rows.tolist()))
-    TorchKernel(kernel, q, v, scale)  # a name that does not fit is refused before anything is sent
+    executor(kernel, q, v, scale)  # a name that does not fit is refused before anything is sent
     stats = RankStats()
     _choose_path(stats, config, geometry, q, v)
     agreed = (config, scale, documents, found.keep, str(test_dtype(q, config.scores)), bool(return_stats))
@@ -168,17 +170,26 @@ def _dense(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
     chosen = plan(world=layout.world, shape=shape, layout=layout, mask=mask)
     with call.stats.timed("dense"):
         found = attention(
-            q, k, v, group=call.runtime, plan=chosen, scale=call.scale, kernel=call.kernel, return_lse=True
+            q,
+            k,
+            v,
+            group=call.runtime,
+            plan=chosen,
+            scale=call.scale,
+            kernel=block_kernel(call.kernel),
+            return_lse=True,
         )
-    call.stats.plans, call.stats.bytes_sent = [chosen], chosen.bytes_sent(call.rank)
+    call.stats.plans.append(chosen)
+    call.stats.bytes_sent += chosen.bytes_sent(call.rank)
     return found
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        out, lse = call.forward(q, k, v)
-        out = out.to(q.dtype)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call, made: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = made[0].to(q.dtype), made[1]
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.call = call
         ctx.mark_non_differentiable(lse)
@@ -187,4 +198,4 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return *backward(ctx.call, *ctx.saved_tensors, do), None
+        return *backward(ctx.call, *ctx.saved_tensors, do), None, None

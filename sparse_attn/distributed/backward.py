@@ -15,6 +15,7 @@ from sparse_attn.distributed.cut import rows_of
 from sparse_attn.distributed.exchange import Counts, Wire, row_plan
 from sparse_attn.gradients import gradients
 from sparse_attn.kernels.blocks import Blocks
+from sparse_attn.kernels.choice import block_kernel
 from tokenring import Plan
 from tokenring.agreement import agree
 from tokenring.merge import accumulator_dtype
@@ -29,7 +30,7 @@ def backward(
     with call.runtime.shared_fate(), torch.autocast(q.device.type, enabled=False):
         plan = home_plan(call, k, v)
         agree(call.runtime, plan, (), forward_call=call.number)
-        blocks = Blocks.of(call.kernel, q, v, call.scale)
+        blocks = Blocks.of(block_kernel(call.kernel), q, v, call.scale)
         dq, *parts = gradients(blocks, call.plan, q, made.keys, made.values, out, lse, do)
         for part in parts:
             _fold_kept(call, part)

@@ -22,12 +22,13 @@ from sparse_attn.distributed.cut import Cut, rows_of
 from sparse_attn.distributed.exchange import Wire, halo_plan
 from sparse_attn.distributed.local import local_geometry, local_plan, position_geometry, positions_of
 from sparse_attn.distributed.owner import decide, told
+from sparse_attn.distributed.sample import Sample
 from sparse_attn.distributed.stages import Rows, Settled, one_stage, two_stages
 from sparse_attn.distributed.stats import RankStats
 from sparse_attn.distributed.summaries import Boxes, Means, Nothing, Summary
 from sparse_attn.geometry import Geometry
 from sparse_attn.identify.maximum import row_maxima
-from sparse_attn.kernels.torch_kernel import TorchKernel
+from sparse_attn.kernels.choice import executor
 from sparse_attn.stripes import StripePlan
 from tokenring import AttentionShape
 from tokenring.agreement import agree
@@ -57,45 +58,71 @@ class Call:
     def rank(self) -> int:
         return self.runtime.rank
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """out in the accumulator's dtype and lse, of this rank's rows. Collective."""
-        wire, timed = Wire(self.runtime), self.stats.timed
-        total = self.cut.layout.total
-        shape = AttentionShape(q.shape[0], total, total, q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.dtype)
-        geometry = local_geometry(self.cut, self.rank)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
+        """out in the accumulator's dtype and lse, of this rank's rows; None where a sample prefers plain attention. Collective."""
+        wire, kernel = Wire(self.runtime), executor(self.kernel, q, v, self.scale)
+        geometry, heads = local_geometry(self.cut, self.rank), (q.shape[0], q.shape[2], k.shape[2])
         first = self.cut.layout.length(self.rank) + self.cut.halo_rows(self.rank)
         keep = torch.arange(first, geometry.keys, device=k.device) if geometry.keys > first else None
-        kernel = TorchKernel(self.kernel, q, v, self.scale)
-        halo = halo_plan(self.cut, shape)
         with self.runtime.shared_fate(), torch.autocast(q.device.type, enabled=False):
-            self.number = agree(self.runtime, halo, self.options)
-            with timed("exchange"):
-                near = self._near(wire.run(halo, (k, v)), k, v)
-            with timed("anchor"):
+            near = self._near(wire, k, v, heads[1])
+            with self.stats.timed("anchor"):
                 out, lse = pattern_based_anchor(kernel, q, *near, geometry, keep)
-            with timed("identify"):
+            with self.stats.timed("identify"):
                 summary = self._summary(q, k, near[0], lse, geometry, keep)
                 flats = told(self.cut, wire, summary, k.device)
-                lines = decide(self.cut, self.rank, summary, flats, k, q.shape[2] // k.shape[2])
-            with timed("exchange"):
-                if isinstance(summary, Means):
-                    self.settled = made = one_stage(self.cut, wire, lines, k, v, near)
-                else:
-                    rows = Rows(q, lse, self.config, self.scale)
-                    self.settled = made = two_stages(self.cut, wire, lines, rows, k, v, near)
-            with timed("stripes"):
-                heads, share = (q.shape[0], q.shape[2], k.shape[2]), self.config.share
-                columns = made.wanted.columns
+                lines = decide(self.cut, self.rank, summary, flats, k, heads[1] // heads[2])
+            self.settled = made = self._settled(wire, lines, q, k, v, lse, near)
+            self.stats.plans, self.stats.bytes_sent = wire.plans, wire.bytes_sent
+            if made is None:
+                return None
+            with self.stats.timed("stripes"):
+                share, columns = self.config.share, made.wanted.columns
                 self.plan = local_plan(geometry, self.cut, self.rank, made.wanted, columns, share, heads, keep)
                 out, lse = fine_grained_sparse(kernel, out, lse, q, made.keys, made.values, self.plan)
             self._report(wire, q, k, v)
         return out, lse
 
+    def _near(self, wire: Wire, k: Tensor, v: Tensor, q_heads: int) -> tuple[Tensor, ...]:
+        """Keys and values of the workspace as far as anchor regions read it; all ranks have agreed on the call by then."""
+        total, (batch, _, kv_heads, dim) = self.cut.layout.total, k.shape
+        halo = halo_plan(self.cut, AttentionShape(batch, total, total, q_heads, kv_heads, dim, v.shape[3], k.dtype))
+        self.number = agree(self.runtime, halo, self.options)
+        with self.stats.timed("exchange"):
+            near = tuple(torch.cat(pair, 1) for pair in zip((k, v), wire.run(halo, (k, v))))
+        kept = self.kept_rows.to(k.device)
+        return tuple(torch.cat([x, x.index_select(1, kept)], 1) for x in near) if len(kept) else near
+
+    def _settled(
+        self, wire: Wire, lines: list[Tensor], q: Tensor, k: Tensor, v: Tensor, lse: Tensor, near: tuple[Tensor, ...]
+    ) -> Settled | None:
+        """Every wanted row where it is wanted; None where the sample prefers plain attention."""
+        shape, dim = (q.shape[0], q.shape[2], k.shape[2]), (q.shape[3] + v.shape[3]) // 2
+        sample = Sample(self.cut, self.config, shape, dim)
+
+        def stop(passed: list[Tensor], kept: list[Tensor]) -> bool:
+            if not sample.asked:
+                return False
+            dense, self.stats.why = sample.prefers_dense(wire, passed, kept)
+            self.stats.path = "dense" if dense else "sparse"
+            return dense
+
+        with self.stats.timed("exchange"):
+            if self.config.identify in ("pooled", "lse"):
+                return one_stage(self.cut, wire, lines, k, v, near, stop)
+            rows = Rows(q, lse, self.config, self.scale)
+            return two_stages(self.cut, wire, lines, rows, k, v, near, stop)
+
+    @property
+    def kept_rows(self) -> Tensor:
+        """int64: rows of [own rows, halo] that hold the positions to keep."""
+        spans = ((row, row + 1) for row in self.cut.kept(self.rank))
+        return rows_of(self.cut.prefixes(self.rank, spans))
+
     def _report(self, wire: Wire, q: Tensor, k: Tensor, v: Tensor) -> None:
         """What this rank did, and where statistics were asked for what all ranks did together."""
         stats, cut, rank, made = self.stats, self.cut, self.rank, self.settled
         (batch, own, q_heads, _), kv_heads, total = q.shape, k.shape[2], cut.layout.total
-        stats.plans, stats.bytes_sent = wire.plans, wire.bytes_sent
         stats.ring_bytes = own * batch * kv_heads * (k.shape[3] + v.shape[3]) * k.element_size() * (cut.world - 1)
         if not self.reports:
             return
@@ -119,18 +146,6 @@ class Call:
         mine = [pairs, float((columns * rows / whole).sum()), wanted, (total - own) * heads]
         each = wire.agreed(mine, k.device, torch.float64)
         stats.of_ranks(each, batch * q_heads, cut.geometry)
-
-    def _near(self, halo: tuple[Tensor, ...], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the workspace as far as anchor regions read it."""
-        near = tuple(torch.cat(pair, 1) for pair in zip((k, v), halo))
-        kept = self.kept_rows.to(k.device)
-        return tuple(torch.cat([x, x.index_select(1, kept)], 1) for x in near) if len(kept) else near
-
-    @property
-    def kept_rows(self) -> Tensor:
-        """int64: rows of [own rows, halo] that hold the positions to keep."""
-        spans = ((row, row + 1) for row in self.cut.kept(self.rank))
-        return rows_of(self.cut.prefixes(self.rank, spans))
 
     def _summary(
         self, q: Tensor, k: Tensor, near: Tensor, lse: Tensor, geometry: Geometry, keep: Tensor | None

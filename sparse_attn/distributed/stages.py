@@ -6,7 +6,7 @@ rescore, every    lines and keys of what passed; each row's verdicts go back; th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,9 @@ from sparse_attn.distributed.lists import BITS, Wanted
 from sparse_attn.distributed.local import stacks
 from sparse_attn.distributed.owner import joined
 from sparse_attn.identify.products import column_maximum, test_dtype, with_anchor, with_ones
+
+Stop = Callable[[list[Tensor], list[Tensor]], bool]
+"""From the lines of this rank's rows before and after the last test: whether plain attention is to run. Collective."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,11 +52,15 @@ class Rows:
         return with_anchor(self.q[entry, rows, only], self.lse[entry, only, rows], self.scale, dtype)
 
 
-def one_stage(cut: Cut, wire: Wire, lines: list[Tensor], k: Tensor, v: Tensor, near: tuple[Tensor, Tensor]) -> Settled:
-    """Lines, then keys and values. Collective.
+def one_stage(
+    cut: Cut, wire: Wire, lines: list[Tensor], k: Tensor, v: Tensor, near: tuple[Tensor, Tensor], stop: Stop
+) -> Settled | None:
+    """Lines, then keys and values; None where plain attention is to run. Collective.
 
     near: keys and values of the workspace so far (B, own rows and halo and kept rows, Hkv, D or Dv).
     """
+    if stop(lines, lines):
+        return None
     sent = sendable(cut, wire.runtime.rank, lines)
     wanted, _, counts = _exchanged(cut, wire, lines, sent, near[0].shape[1])
     rows = wire.rows("stripes", counts, _leaving(sent, k), _leaving(sent, v))
@@ -62,15 +69,17 @@ def one_stage(cut: Cut, wire: Wire, lines: list[Tensor], k: Tensor, v: Tensor, n
 
 
 def two_stages(
-    cut: Cut, wire: Wire, lines: list[Tensor], rows: Rows, k: Tensor, v: Tensor, near: tuple[Tensor, Tensor]
-) -> Settled:
-    """Lines and keys of what passed, exact tests, verdicts back, values. Collective."""
+    cut: Cut, wire: Wire, lines: list[Tensor], rows: Rows, k: Tensor, v: Tensor, near: tuple[Tensor, Tensor], stop: Stop
+) -> Settled | None:
+    """Lines and keys of what passed, exact tests, verdicts back, values; None where plain attention is to run. Collective."""
     rank = wire.runtime.rank
     sent = sendable(cut, rank, lines)
     passed, told, counts = _exchanged(cut, wire, lines, sent, near[0].shape[1])
     (keys,) = wire.rows("stripes:keys", counts, _leaving(sent, k))
     words = tested(cut, rank, passed, passed.placed(near[0], keys), rows)
     words, decided = _verdicts(cut, wire, lines, passed, words, told, rows.q.shape[2] // k.shape[2])
+    if stop(lines, decided):
+        return None
     left, wanted = (words != 0).any(1), passed.only(words)
     sent = sendable(cut, rank, [x[(x[:, 1:] != 0).any(1)] for x in decided])
     counts = wire.agreed(list(map(len, sent)), k.device)

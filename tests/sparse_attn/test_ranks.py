@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenring as tr
-from sparse_attn import AnchorConfig, reference_attention
+from sparse_attn import AnchorConfig, anchor_attention, reference_attention
 from tests.oracle import dense_attention
 from tests.sparse_attn.ranks import assert_equals_one_device, cut_at, random, run, small
 
@@ -127,3 +127,16 @@ def test_default_configuration_runs_across_ranks() -> None:
     results = run(2, layout, inputs, **options)
     assert results[0][3].path == "dense" and results[0][3].why
     assert_equals_one_device(results, layout, inputs, None, options, bytes_too=False)
+
+
+@pytest.mark.parametrize("identify", ["pooled", "rescore"])
+@pytest.mark.parametrize(("theta", "path"), [(-2.0, "sparse"), (20.0, "dense")])
+def test_a_sample_decides_as_on_one_device(identify: str, theta: float, path: str) -> None:
+    inputs = random(3000, dims=(64, 64), seed=4)
+    layout = tr.Layout.zigzag(3000, 3)
+    options = {"config": AnchorConfig(theta=theta, identify=identify, block=64, step=4)}
+    results = run(3, layout, inputs, **options)
+    _, whole = anchor_attention(*inputs, **options, return_stats=True)
+    assert all(result[3].path == whole.path == path and result[3].why == whole.why for result in results)
+    assert "sample" in whole.why and results[0][3].plans[0].schedule == "anchor:halo"
+    assert_equals_one_device(results, layout, inputs, None, options, bytes_too=path == "sparse")
