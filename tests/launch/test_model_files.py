@@ -47,7 +47,7 @@ def test_a_good_directory_loads(directory):
 
 
 def test_no_directory_is_refused(tmp_path):
-    refused(tmp_path / "none", r'is no directory; give "demo" or .*Qwen2\.5-VL, Qwen3-VL, LLaVA-OneVision')
+    refused(tmp_path / "none", r'is no directory; give "demo", "demo-moe" or .*Qwen2\.5-VL, Qwen3-VL, LLaVA-OneVision')
 
 
 def test_a_hub_name_is_refused_without_asking_the_network():
