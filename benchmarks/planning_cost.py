@@ -33,7 +33,7 @@ LAYOUTS = ("contiguous", "zigzag", "striped", "striped(16)", "balanced")
 MASKS = ("causal", "full", "window", "documents:128", "documents:5000")
 SCHEDULES = ("ring", "biring", "tokenring", "gather", "mesh", "ulysses", "usp", "hybrid")
 Q_HEADS, KV_HEADS, DIM = 128, 8, 128
-REPEATS = 200
+REPEATS = 20_000
 
 
 def mask_of(kind: str, length: int) -> tr.Mask:
