@@ -118,8 +118,8 @@ def shown(row: dict[str, Any]) -> str:
     return text + (f" | differs by {row['largest difference']:.1e}" if "largest difference" in row else "")
 
 
-def main() -> None:
-    """The command."""
+def arguments() -> argparse.Namespace:
+    """What the command was given."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--length", type=int, default=65536)
     p.add_argument("--world", type=int, default=4)
@@ -133,7 +133,12 @@ def main() -> None:
     p.add_argument("--gbytes", type=float, default=1.25, help="rate of each link, for the modelled seconds")
     p.add_argument("--check", action="store_true", help="compare with one device")
     p.add_argument("--json", help="write the rows there")
-    args = p.parse_args()
+    return p.parse_args()
+
+
+def main() -> None:
+    """The command."""
+    args = arguments()
     torch.set_num_threads(1)
     heads = tuple(args.heads)
     given = (
