@@ -5,8 +5,8 @@
 ideal    one process, one thread, the whole sequence through torch's CPU flash operator, divided by the ranks
 peers    torch's private ring (`_templated_ring_attention`, all-to-all), zigzag halves, the same operator inside; DeepSpeed's
          Ulysses and picotron's ring where they are installed
-Each turn times every contender once, one after another, the first in turn the next to begin; figures are medians over the turns, of the slowest rank, and of
-ratios within a turn. Longer sequences have fewer turns.
+Each turn times every contender once, one after another, each turn another one first. Figures are medians over the turns, of
+the slowest rank, and of ratios within a turn. Longer sequences have fewer turns.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from benchmarks.attention_peers import DIM, HEADS, PEERS, installed, ours, singl
 
 
 def rank_main(
-    rank: int, world: int, store: str, lengths: list[int], turns: int, peers: list[str], answers: str
+    rank: int, world: int, store: str, lengths: list[int], turns: int, masks: list[str], peers: list[str], answers: str
 ) -> None:
     """One rank: every contender in turn, the single process on rank 0 alone."""
     torch.set_num_threads(1)
@@ -39,7 +39,7 @@ def rank_main(
     )
     group, results = dist.group.WORLD, {}
     for length in lengths:
-        for causal in (True, False):
+        for causal in (mask == "causal" for mask in masks):
             contenders = {
                 "tokenring, auto": ours(length, causal, group, "auto", "auto"),
                 "tokenring, auto, prepared": ours(length, causal, group, "auto", "auto", prepared=True),
@@ -92,12 +92,21 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--masks", nargs="+", default=["causal", "full"], choices=("causal", "full"))
     parser.add_argument("--peers", nargs="+", default=list(installed()), choices=list(PEERS))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         answers = f"{folder}/answers.json"
-        arguments = (options.ranks, f"{folder}/store", options.lengths, options.turns, options.peers, answers)
+        arguments = (
+            options.ranks,
+            f"{folder}/store",
+            options.lengths,
+            options.turns,
+            options.masks,
+            options.peers,
+            answers,
+        )
         mp.spawn(rank_main, arguments, nprocs=options.ranks)
         results = json.loads(Path(answers).read_text())
     for case, rows in results.items():
