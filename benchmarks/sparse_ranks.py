@@ -25,6 +25,8 @@ import tokenring as tr
 from sparse_attn import AnchorConfig, anchor_attention, plan
 from sparse_attn.distributed import attend, group_layout
 
+WHOLE = 16384
+"""Up to so many positions all heads settle theta."""
 DENSE = ("ring", "biring", "gather", "tokenring")
 
 
@@ -52,8 +54,9 @@ def of_model(layer: int, length: int) -> tuple[Tensor, ...]:
 
 
 def at_stripes(q: Tensor, k: Tensor, config: AnchorConfig, target: float) -> AnchorConfig:
-    """The configuration with the theta that keeps a share of columns (the paper's ratio) for the first key head."""
-    q, k = q[:, :, : q.shape[2] // k.shape[2]], k[:, :, :1]
+    """The configuration with the theta that keeps a share of columns (the paper's ratio); long inputs: for the first key head."""
+    if q.shape[1] > WHOLE:
+        q, k = q[:, :, : q.shape[2] // k.shape[2]], k[:, :, :1]
     low, high = -5.0, 25.0
     for _ in range(10):
         middle = (low + high) / 2
