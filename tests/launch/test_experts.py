@@ -158,6 +158,17 @@ def test_any_number_of_experts_and_choices_equals_the_dense_demo(four: Pool, cli
     assert sum(report["experts"]["tokens_per_expert"]) == rows * moe["topk"] * LAYERS
 
 
+def test_bytes_of_dispatch_are_counted_to_the_byte(four: Pool, clip: Path) -> None:
+    config = config_of(clip, experts=4, topk=4, dispatcher="dedup")  # every token to every rank
+    report = merged([record for (record,) in four.run(4, watch, [config])])
+    rows, later = report["tokens_per_rank"], len(report["generated_ids"]) - 1
+    for a in range(4):
+        for b in range(4):
+            # one row for each token of a on its way to b, and one home for each token of b; a later token lies on both
+            moved = 0 if a == b else rows[a] + rows[b] + 2 * later
+            assert report["experts"]["bytes_sent"][a][b] == moved * LAYERS * tiny_models.TEXT["hidden_size"] * 4
+
+
 def test_sixteen_bit_experts_are_verified_against_their_own_noise(four: Pool, clip: Path) -> None:
     records = [record for (record,) in four.run(4, watch, [config_of(clip, dtype="bfloat16", topk=1)])]
     assert records[0].verify["written_within_tolerance"] and records[0].verify["all_within_tolerance"]
