@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
-@dataclass
+@dataclass(eq=False)
 class Traffic:
     """Payload bytes that left this rank: `sent[(source, destination)]`; headers and size notes are in `control`."""
 
@@ -32,7 +32,7 @@ class Event:
     kernel: str = ""
 
 
-@dataclass
+@dataclass(eq=False)
 class Trace:
     """What `trace(group)` collects."""
 
