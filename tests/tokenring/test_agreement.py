@@ -268,9 +268,10 @@ def test_an_argument_refused_under_a_prepared_plan_raises_everywhere_at_once(poo
         tr.run_local(WORLD, refused_when_prepared),
         pool.run(WORLD, on_lanes_of_its_own, refused_when_prepared),
     ):
-        for (first, second, third), seconds in results:
-            assert first == "" and "scale is nan" in second and "cannot be used again" in third
-            assert seconds < 20.0
+        for rank, ((first, second, third), seconds) in enumerate(results):
+            # A rank that is still in the first call when rank 1 gives up the group hears of it there.
+            assert "scale is nan" in (first or second) and (rank != 1 or first == "")
+            assert "cannot be used again" in third and seconds < 20.0
 
 
 def test_a_group_forgets_the_oldest_prepared_plan(monkeypatch: pytest.MonkeyPatch) -> None:
