@@ -14,12 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -27,6 +25,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from benchmarks.attention_peers import DIM, HEADS, PEERS, installed, ours, single
+from benchmarks.record import measured
 
 
 def rank_main(
@@ -117,9 +116,7 @@ def main() -> None:
                 + "   ".join(f"{times:5.2f} x {peer}" for peer, times in row["speed_up_over"].items())
             )
     if options.out:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-        record = {"kind": "measured", "date": str(date.today()), "commit": commit, "torch": torch.__version__}
-        record |= {"hardware": f"{torch.get_num_threads()} CPU threads of {sys.platform}", "ranks": options.ranks}
+        record = measured() | {"ranks": options.ranks, "threads_per_rank": 1}
         options.out.write_text(json.dumps(record | {"results": results}, indent=2) + "\n")
 
 

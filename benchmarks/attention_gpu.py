@@ -12,10 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
 import tokenring as tr
+from benchmarks.record import measured
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 SCHEDULES = ("ring", "biring", "tokenring", "gather", "mesh", "ulysses")
@@ -138,10 +137,9 @@ def main() -> None:
     options = parser.parse_args()
     rows = measure(options)
     if options.out:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-        hardware = torch.cuda.get_device_name() if options.device != "cpu" else "CPU"
-        record = {"kind": "measured", "date": str(date.today()), "commit": commit, "hardware": hardware}
-        record |= {"torch": torch.__version__, "dtype": options.dtype, "heads": [HEADS, KV_HEADS], "dim": DIM}
+        record = measured() | {"dtype": options.dtype, "heads": [HEADS, KV_HEADS], "dim": DIM}
+        if options.device != "cpu":
+            record["hardware"]["gpu"] = torch.cuda.get_device_name()
         options.out.write_text(json.dumps(record | {"rows": rows}, indent=2) + "\n")
 
 

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
-import subprocess
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
-
-import torch
 
 from benchmarks.linklab.measure import Result
 from benchmarks.linklab.raw import PatternTime
+from benchmarks.record import measured
 
 RINGS = ("ring", "ring:direct")
 """The one-way ring, forward and backward: what the others are set beside."""
@@ -104,16 +99,7 @@ def pattern_table(title: str, found: Iterable[PatternTime]) -> str:
 
 def save(path: Path, what: str, rows: list[dict]) -> None:
     """Write rows as JSON, with what they ran on."""
-    document = {
-        "kind": "measured",
-        "what": what,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "load_average": os.getloadavg()},
-        "platform": platform.platform(),
-        "torch": torch.__version__,
-        "rows": rows,
-    }
+    document = measured() | {"what": what, "rows": rows}
     path.write_text(json.dumps(document, indent=2) + "\n")
 
 
@@ -125,16 +111,3 @@ def _rival(result: Result, name: str | None = None) -> tuple[float, str] | None:
         return None
     best = min(others, key=lambda row: row.measured)
     return ours[0].measured / best.measured, best.schedule
-
-
-def _commit() -> str:
-    here = Path(__file__).parent
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=here)
-    return done.stdout.strip()
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()

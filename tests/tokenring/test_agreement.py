@@ -289,16 +289,3 @@ def test_a_group_forgets_the_oldest_prepared_plan(monkeypatch: pytest.MonkeyPatc
         return sent
 
     assert tr.run_local(WORLD, work) == [[(WORLD - 1) * HEADER_BYTES, 0]] * WORLD
-
-
-def test_counters_and_traces_nest() -> None:
-    def work(group: Any) -> list:
-        with tr.count_traffic(group) as outer, tr.trace(group) as events:
-            tr.attention(*local_shards(group.rank()), group=group)
-            with tr.count_traffic(group) as inner, tr.trace(group) as later:
-                tr.attention(*local_shards(group.rank()), group=group)
-            tr.attention(*local_shards(group.rank()), group=group)
-        return [sum(outer.sent.values()), sum(inner.sent.values()), len(events.events), len(later.events)]
-
-    for outer, inner, events, later in tr.run_local(WORLD, work):
-        assert outer == 3 * inner > 0 and events == 3 * later > 0

@@ -1,0 +1,36 @@
+"""What every file of figures says beside them: how they came about, on what, when, at which commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+
+def measured() -> dict:
+    """The head of a file of measured figures."""
+    return {
+        "kind": "measured",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "load_average": os.getloadavg()},
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+    }
+
+
+def _commit() -> str:
+    here = Path(__file__).parent
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=here)
+    return done.stdout.strip()
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
