@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from token_reduction.inside import SYSTEM, TEXT, VISUAL, Prompt
+from token_reduction.inside import SYSTEM, TEXT, VISUAL, Probe, Prompt
 
 WIDTH, HEADS, KEY_HEADS, DIM, FFN = 16, 4, 2, 4, 24
 
@@ -102,3 +102,18 @@ def masked_run(blocks, hidden, positions, alive, replaced, steps):
             kept, matrix, entered = replaced[layer]
             hidden[kept] = matrix @ hidden[entered]
     return hidden
+
+
+def everything(seed: int = 0):
+    """One layer's maps by the textbook, and its probe."""
+    block, p = decoder(1)[0], prompt(seed=seed)
+    rows = torch.arange(len(p.kinds))
+    a, _, v = full_map(block, p.hidden, p.positions, rows[:, None] >= rows)
+    q, k, _ = block.project(p.hidden, p.positions)
+    logits = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(2, 1)) / DIM**0.5
+    lse = logits.masked_fill(rows[:, None] < rows, -torch.inf).logsumexp(-1)
+    return p, a, v, Probe(q, k, lse, rows, rows), logits
+
+
+def best(score, rows, count):
+    return sorted(sorted(rows, key=lambda r: (-float(score[r]), r))[:count])

@@ -7,20 +7,16 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tests.token_reduction.inside_cases import DIM, FFN, HEADS, WIDTH, decoder, full_map, masked_run, prompt
+from tests.token_reduction.inside_cases import WIDTH, best, decoder, everything, masked_run, prompt
 from token_reduction.inside import (
     TEXT,
     VISUAL,
     CatpStage2,
     Form,
-    Mod,
-    ModRouters,
-    Naavit,
     Probe,
     Scheduled,
     ToDREStage2,
     VisionDropStages,
-    VisualProjectors,
     Yopo,
     adatoken,
     aim,
@@ -31,11 +27,8 @@ from token_reduction.inside import (
     pyramiddrop,
     sparsevlm,
     vflowopt,
-    vote_heads,
     vtw,
 )
-from tokenring import run_local
-from tokenring.transport import connect
 
 POLICIES = [
     fastv(1, 0.25),
@@ -108,65 +101,11 @@ def test_a_plan_is_json_and_a_wrong_one_is_refused():
         Scheduled(schedule={3: -0.1})
 
 
-def everything(seed: int = 0):
-    """One layer's maps by the textbook, and its probe."""
-    block, p = decoder(1)[0], prompt(seed=seed)
-    rows = torch.arange(len(p.kinds))
-    a, _, v = full_map(block, p.hidden, p.positions, rows[:, None] >= rows)
-    q, k, _ = block.project(p.hidden, p.positions)
-    logits = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(2, 1)) / DIM**0.5
-    lse = logits.masked_fill(rows[:, None] < rows, -torch.inf).logsumexp(-1)
-    return p, a, v, Probe(q, k, lse, rows, rows), logits
-
-
-def test_probes_equal_the_full_map():
-    p, a, _, probe, _ = everything()
-    text, visual = (p.kinds == TEXT).nonzero()[:, 0], p.kinds == VISUAL
-    torch.testing.assert_close(probe.received(), a.mean((0, 1)))
-    torch.testing.assert_close(probe.received(text), a[:, text].mean((0, 1)))
-    torch.testing.assert_close(probe.row(30), a[:, 30].mean(0))
-    torch.testing.assert_close(probe.shares(text, visual), a[:, text][..., visual].sum(-1))
-    assert probe.share(text, visual) == pytest.approx(float(a[:, text][..., visual].sum(-1).mean().detach()))
-
-
-def test_pagerank_equals_power_iteration_over_the_full_map():
-    _, _, _, probe, logits = everything(3)
-    rows = torch.arange(logits.shape[1])
-    m = torch.softmax((logits / 0.1).masked_fill(rows[:, None] < rows, -torch.inf), -1)
-    d = torch.full((HEADS, 1, len(rows)), 1 / len(rows), dtype=torch.float64)
-    for _ in range(5):
-        d = d @ m
-    torch.testing.assert_close(probe.pagerank(), d[:, 0].square().mean(0).sqrt())
-
-
-@pytest.mark.parametrize("world", [2, 3, 5])
-def test_probes_on_several_ranks_equal_one(world):
-    p, _, _, whole, _ = everything(1)
-    owner = torch.randint(0, world, (len(p.kinds),), generator=torch.Generator().manual_seed(world))
-    owner[owner == 1] = 0  # a rank without a row
-    text, visual = (p.kinds == TEXT).nonzero()[:, 0], p.kinds == VISUAL
-
-    def work(group):
-        mine = (owner == group.rank()).nonzero()[:, 0]
-        probe = Probe(whole.q[mine], whole.k[mine], whole.lse[:, mine], mine, mine, transport=connect(group))
-        return mine, probe.received(), probe.received(text), probe.shares(text, visual[mine]), probe.pagerank()
-
-    for mine, received, from_text, shares, rank in run_local(world, work):
-        torch.testing.assert_close(received, whole.received()[mine])
-        torch.testing.assert_close(from_text, whole.received(text)[mine])
-        torch.testing.assert_close(shares, whole.shares(text, visual))
-        torch.testing.assert_close(rank, whole.pagerank()[mine])
-
-
 def first_layer(policy):
     """What the policy keeps after layer 0, as rows of the prompt."""
     p = prompt()
     state = prefill(decoder(1), p, policy)
     return p, [r for r in state.rows.tolist() if p.kinds[r] == VISUAL]
-
-
-def best(score, rows, count):
-    return sorted(sorted(rows, key=lambda r: (-float(score[r]), r))[:count])
 
 
 def test_scorers_keep_what_the_full_map_ranks_first():
@@ -224,73 +163,6 @@ def test_catp_prunes_context_first_and_the_query_a_layer_later():
         [context // 2, query // 2],
         [context // 2, query // 2],
     ]
-
-
-def test_yopo_window_heads_and_feed_forward_equal_masks_on_the_full_run():
-    blocks, p = decoder(4), prompt()
-    form = Yopo(window=3, heads=((), (), (1,), (0, 3)), ffn=0.25)
-    state = prefill(blocks, p, vtw(4), form)  # layer drop after the third layer is a schedule like any other
-    rows, visual, hidden = torch.arange(len(p.kinds)), p.kinds == VISUAL, p.hidden
-    apart = (p.cells[:, None] - p.cells).abs().amax(-1)
-    near = (apart <= 1) & (p.frames[:, None] == p.frames)
-    allowed = torch.where(visual[:, None] & visual, near, rows[:, None] >= rows)
-    for layer, block in enumerate(blocks):
-        a, _, v = full_map(block, hidden, p.positions, allowed)
-        for head in form.heads[layer]:
-            a[head, :, visual] = 0.0
-            a[head, visual] = 0.0
-        share = torch.where(visual, 0.25, 1.0)
-        hidden = block.finish(hidden, torch.einsum("hqk,khd->qhd", a, v), share)
-    torch.testing.assert_close(state.hidden, hidden[~visual], atol=1e-10, rtol=1e-10)
-    new = torch.randn(1, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    plain = decode(blocks, prefill(blocks, p, None, form), new)
-    headed = decode(blocks, prefill(blocks, p, None, form), new, form)
-    assert not torch.allclose(plain, headed)  # heads stay cut off from the picture while decoding
-    assert round(0.25 * FFN) == 6
-
-
-def test_vote_heads_needs_a_majority_of_samples_and_spares_the_first_layers():
-    shares = torch.tensor([[[0.01, 0.5]] * 3, [[0.01, 0.01]] * 3, [[0.5, 0.5]] * 3])
-    assert vote_heads(shares, 0.1) == ((), (), (0,))
-    assert vote_heads(shares, 0.1, exempt=0) == ((0,), (0,), (0,))
-
-
-def test_naavit_asks_nothing_of_visual_rows_and_costs_no_feed_forward_for_them():
-    blocks, p = decoder(3), prompt()
-    torch.manual_seed(0)
-    features = torch.randn(24, 7, dtype=torch.float64)
-    projectors = VisualProjectors(7, WIDTH, 3).double()
-    state = prefill(blocks, p, None, Naavit(features=features, projectors=projectors))
-    rows, visual, hidden = torch.arange(len(p.kinds)), p.kinds == VISUAL, p.hidden.clone()
-    for layer, block in enumerate(blocks):
-        hidden[visual] = projectors(features, layer).detach()
-        a, _, v = full_map(block, hidden, p.positions, rows[:, None] >= rows)
-        out = block.finish(hidden, torch.einsum("hqk,khd->qhd", a, v), torch.ones(len(rows)))
-        hidden = torch.where(visual[:, None], hidden, out)
-    torch.testing.assert_close(state.hidden[~visual], hidden[~visual], atol=1e-10, rtol=1e-10)
-
-
-def test_mod_rows_that_pass_by_come_back_after_the_layer():
-    blocks, p = decoder(3), prompt()
-    torch.manual_seed(1)
-    routers = ModRouters(WIDTH, 3).double()
-    form = Mod(routers=routers, share=0.25, layers=(1,))
-    state = prefill(blocks, p, None, form)
-    rows, visual, hidden = torch.arange(len(p.kinds)), p.kinds == VISUAL, p.hidden
-    for layer, block in enumerate(blocks):
-        through = torch.ones_like(visual)
-        if layer == 1:
-            score = routers(hidden, 1)
-            for frame in range(3):
-                own = (p.frames == frame).nonzero()[:, 0].tolist()
-                through[[r for r in own if r not in best(score, own, 2)]] = False
-        a, _, v = full_map(
-            block, hidden, p.positions, (rows[:, None] >= rows) & (through | torch.eye(len(rows)).bool())
-        )
-        out = block.finish(hidden, torch.einsum("hqk,khd->qhd", a, v), torch.ones(len(rows)))
-        hidden = torch.where(through[:, None], out, hidden)
-    torch.testing.assert_close(state.hidden, hidden, atol=1e-10, rtol=1e-10)
-    assert [len(c.rows) for c in state.caches] == [32, 8 + 6, 32]
 
 
 def test_what_cannot_be_asked_is_refused_in_one_line():

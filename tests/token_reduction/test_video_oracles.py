@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tests.token_reduction import naive
+from tests.token_reduction import naive, naive_merges
 from tests.token_reduction.cases import one
 from token_reduction import Budget, build
 from token_reduction.reducers.holitom import HoliTom
@@ -134,7 +134,7 @@ def test_fastvid_keeps_the_attended_and_merges_the_rest_around_their_centres():
     assert all(c // CELLS in (0, 2) for c in centres)  # every second frame
     others = [j for j in range(24) if j not in salient]
     anchors = [j for j in others if j // CELLS in (0, 2)]
-    score = naive.peaks(x[anchors], 4, float(x.double().norm(dim=1).max()))
+    score = naive_merges.peaks(x[anchors], 4, float(x.double().norm(dim=1).max()))
     assert centres == sorted(anchors[i] for i in naive.best(score, 4))
     for j in others:
         if j not in centres:
