@@ -65,7 +65,8 @@ class ReduceConfig(Section):
     section: ClassVar[str] = "reduce"
 
     spec: str = option("--reduce", "divprune:0.1")
-    """METHOD:BUDGET. A budget with a dot or % is the share to keep, a whole number counts tokens of the whole video."""
+    """METHOD:BUDGET, or METHOD,option=value:BUDGET. A budget with a dot or % is the share to keep, a whole number counts tokens
+    of the whole video."""
     window: int = option("--window", 16)
     """Frames that are reduced together; more gives the method a wider view and needs more memory."""
 

@@ -11,6 +11,7 @@ from Touvron et al., "Going deeper with Image Transformers", section 2. Weights 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ SIDE = 224
 PATCH = 14
 GRID = SIDE // PATCH
 FITS = ("letterbox", "crop", "squash")
+CHANNELS = ("cls_attn", "recv_attn", "keys", "queries", "patches", "pixels")
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
@@ -74,47 +76,79 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.eval().requires_grad_(False)
 
-    def forward(self, frames: Tensor) -> dict[str, Tensor]:
+    def forward(self, frames: Tensor, channels: Collection[str] = ("cls_attn", "keys")) -> dict[str, Tensor]:
         """Encode frames, one by one: a frame's numbers do not depend on which frames came with it, to the last bit
         (for a fixed number of threads), so frames may be cut into runs and spread over ranks at will.
 
         Args:
             frames: uint8 (F, H, W, 3) in RGB order, any H and W; or float, already normalised, (F, 3, 224, 224).
+            channels: of `CHANNELS`, what is wanted besides x. Only these are computed; `recv_attn` costs two attention maps.
 
         Returns:
             x (F, 256, 384): patch features after the last norm, rows in raster order, [CLS] left out.
-            cls_attn (F, 256): attention the [CLS] query of the last block pays to each patch, mean over heads. The
-                softmax includes [CLS] itself, so a row sums to a little less than 1.
-            keys (F, 256, 384): keys of the last block, heads side by side.
+            cls_attn (F, 256, 4): attention the [CLS] query pays to each patch in each block of the last third, mean over
+                heads. The softmax includes [CLS] itself, so a column sums to a little less than 1.
+            recv_attn (F, 256, 2): attention that each patch receives in block 5 of 12 and in the last, mean over heads and
+                queries, [CLS] among these.
+            keys, queries (F, 256, 6, 64): of the last block.
+            patches (F, 256, 384): x itself, for models that project x.
+            pixels (F, 256, 196, 3): what each token saw, 0..1.
 
         Raises:
-            ValueError: frames have another dtype or shape.
+            ValueError: frames have another dtype or shape, or a channel is unknown.
 
         Example:
-            >>> out = ViT(width=12, layers=1, heads=2)(torch.zeros(2, 90, 160, 3, dtype=torch.uint8))
+            >>> out = ViT(width=12, layers=3, heads=2)(torch.zeros(2, 90, 160, 3, dtype=torch.uint8))
             >>> {name: tuple(value.shape) for name, value in out.items()}
-            {'x': (2, 256, 12), 'cls_attn': (2, 256), 'keys': (2, 256, 12)}
+            {'x': (2, 256, 12), 'cls_attn': (2, 256, 1), 'keys': (2, 256, 2, 6)}
         """
         _check_frames(frames)
+        unknown = sorted(set(channels) - set(CHANNELS))
+        if unknown:
+            raise ValueError(f"the encoder has no channel {unknown[0]!r}; it has {', '.join(CHANNELS)}")
+        if not len(frames):
+            nothing = self._encode(torch.zeros(SIDE, SIDE, 3, dtype=torch.uint8), channels)
+            return {name: value[:0] for name, value in nothing.items()}
         # One frame already fills a CPU's matrix products: batches of 4, 8, 16 measured no faster, and hold more memory.
-        parts = [self._encode(frame) for frame in frames]
-        if not parts:
-            width = self.position.shape[1]
-            empty = self.position.new_zeros
-            return {"x": empty(0, 256, width), "cls_attn": empty(0, 256), "keys": empty(0, 256, width)}
+        parts = [self._encode(frame, channels) for frame in frames]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     @torch.no_grad()
-    def _encode(self, frame: Tensor) -> dict[str, Tensor]:
+    def _encode(self, frame: Tensor, channels: Collection[str]) -> dict[str, Tensor]:
+        """One frame, (1, 256, ...) each."""
         pixels = normalise(frame.to(self.position.device), self.fit) if frame.dtype == torch.uint8 else frame
         patches = self.patch(pixels[None].to(self.position)).flatten(2).transpose(1, 2)
         rows = torch.cat([self.cls_token.expand(1, 1, -1), patches], dim=1) + self.position
-        for block in self.blocks:
+        count, cls, received = len(self.blocks), [], []
+        late, pair = 2 * count // 3, (9 * count // 24, count - 1)
+        for number, block in enumerate(self.blocks):
             rows, q, k = block(rows)
-        # Only the [CLS] row of the last attention map is wanted, so no (257, 257) map is ever formed.
-        logits = q[:, :, :1] @ k.transpose(2, 3) / q.shape[-1] ** 0.5
-        cls_attn = logits.softmax(dim=-1)[:, :, 0, 1:].mean(dim=1)
-        return {"x": self.norm(rows)[:, 1:], "cls_attn": cls_attn, "keys": k.transpose(1, 2).flatten(2)[:, 1:]}
+            if number >= late and "cls_attn" in channels:
+                # Only the [CLS] row of the map is wanted, so no (257, 257) map is ever formed.
+                cls.append(_attention(q[:, :, :1], k)[:, :, 0, 1:].mean(1))
+            if number in pair and "recv_attn" in channels:
+                received.append(_attention(q, k).mean((1, 2))[:, 1:])
+        out = {"x": self.norm(rows)[:, 1:]}
+        made = {
+            "cls_attn": lambda: torch.stack(cls, -1),
+            "recv_attn": lambda: torch.stack(received if pair[0] < pair[1] else 2 * received, -1),
+            "keys": lambda: k.transpose(1, 2)[:, 1:],
+            "queries": lambda: q.transpose(1, 2)[:, 1:],
+            "patches": lambda: out["x"],
+            "pixels": lambda: _cells(pixels),
+        }
+        return out | {name: make() for name, make in made.items() if name in channels}
+
+
+def _attention(q: Tensor, k: Tensor) -> Tensor:
+    return (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(dim=-1)
+
+
+def _cells(pixels: Tensor) -> Tensor:
+    """Normalised pixels (3, 224, 224) -> (1, 256, 196, 3) in 0..1, patch by patch."""
+    mean, std = (pixels.new_tensor(value)[:, None, None] for value in (MEAN, STD))
+    cells = (pixels * std + mean).clamp(0, 1).view(3, GRID, PATCH, GRID, PATCH)
+    return cells.permute(1, 3, 2, 4, 0).reshape(1, GRID * GRID, PATCH * PATCH, 3)
 
 
 def load(path: str | Path, *, fit: str = "letterbox", device: str | torch.device = "cpu") -> ViT:

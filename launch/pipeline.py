@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from launch.config import RunConfig
 from launch.errors import ConfigError
@@ -19,7 +20,7 @@ from launch.experts import Experts
 from launch.generate import Answer, write
 from launch.models import load
 from launch.models.base import Adapter, Prompt, VisualPlan
-from launch.preflight import cut_windows, method_of, planned_frames
+from launch.preflight import cut_windows, method_of, planned_frames, refuse_blind
 from launch.progress import Log
 from launch.records import RankRecord
 from launch.spread import Ownership, Part, spread
@@ -27,6 +28,8 @@ from launch.stages import Stages
 from launch.verify import verify
 from launch.video import FramePlan
 from launch.watch import Kept, Watcher, Windows, with_cells
+from token_reduction import Reducer
+from token_reduction.reducers.mmtok import MMTok, clean_question
 from tokenring import AttentionShape, Layout
 from tokenring import plan as attention_plan
 from tokenring.transport import Transport, connect, count_traffic
@@ -115,15 +118,12 @@ class _Run:
         """Frames to kept visual tokens."""
         self.stages.log.stage("watch")
         method, budget = method_of(self.config.reduce)
-        missing = sorted(method.needs - self.adapter.channels)
-        if missing:
-            raise ConfigError(
-                f"reducer {method.name} needs {', '.join(missing)}, which model {self.adapter.name} does not give"
-            )
+        refuse_blind(method, self.adapter.channels, self.adapter.name)
         plan = _visual_plan(self.adapter, self.frames)
         cut = cut_windows(plan, self.config.reduce, method, budget)
         seed = self.config.generate.seed
-        watcher = Watcher(self.adapter, plan, self.frames, cut, method, seed, self.runtime, self.stages)
+        question = question_rows(self.adapter, method, self.config.generate.prompt)
+        watcher = Watcher(self.adapter, plan, self.frames, cut, method, seed, self.runtime, self.stages, question)
         return plan, cut, watcher.watch(self.runtime.rank, self.runtime.world)
 
     def splice(self, plan: VisualPlan, kept: Kept) -> tuple[Ownership, Prompt, Layout, Part]:
@@ -162,6 +162,17 @@ class _Run:
         generate, tolerance = self.config.generate, self.config.output.tolerance
         with self.stages.span("verify"):
             return verify(self.adapter, short, kept, who, layout, answer, generate, tolerance, self.runtime)
+
+
+def question_rows(adapter: Adapter, method: Reducer, prompt: str) -> Tensor | None:
+    """(m, hidden) input embeddings of the question's words, or None where the method looks at no text."""
+    if "text" not in method.needs:
+        return None
+    words = clean_question(prompt) if isinstance(method, MMTok) else prompt
+    ids = adapter.tokenizer(words, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ConfigError(f"reducer {method.name} looks at the question and generate.prompt is empty; give a --prompt")
+    return adapter.embed(torch.tensor(ids, dtype=torch.int64))
 
 
 def _load(config: RunConfig) -> Adapter:

@@ -12,11 +12,11 @@ from launch.assets import SOURCES, find
 from launch.config import ReduceConfig, RunConfig, VideoConfig
 from launch.errors import ConfigError
 from launch.experts import FAMILIES, check_experts
-from launch.models import DEMOS, check
+from launch.models import DEMOS, channels_of, check
 from launch.models.base import VisualPlan
 from launch.video import FramePlan, join, plan_frames
 from launch.watch import Windows
-from token_reduction import Budget, Reducer, build, parse
+from token_reduction import Budget, Reducer, from_spec
 from tokenring.choose import check_name
 
 CLIP = "clip:"
@@ -41,6 +41,7 @@ def preflight(config: RunConfig) -> Preflight:
     family = check(config.model.source)
     check_experts(config, family, _demo_ffn() if family in FAMILIES else None)
     method, budget = method_of(config.reduce)
+    refuse_blind(method, channels_of(family), config.model.source)
     frames = planned_frames(config.video)
     if family not in DEMOS:
         return Preflight(len(frames), None, None)
@@ -56,10 +57,23 @@ def preflight(config: RunConfig) -> Preflight:
 def method_of(config: ReduceConfig) -> tuple[Reducer, Budget]:
     """The reducer and the budget of a specification such as "divprune:0.1"."""
     try:
-        name, budget = parse(config.spec)
-        return build(name), budget
+        return from_spec(config.spec)
     except ValueError as error:
         raise ConfigError(f"reduce.spec is {config.spec!r}: {error}") from error
+
+
+def refuse_blind(method: Reducer, channels: frozenset[str], model: str) -> None:
+    """Raise where a reducer looks at what a model does not give. The question's embeddings are always there: they share the
+    space of x, not that of an encoder's patches."""
+    given = channels | ({"text"} if method.text_space == "x" else set())
+    missing = sorted(method.needs - given)
+    if not missing:
+        return
+    raise ConfigError(
+        f"reducer {method.name} needs {', '.join(missing)}, which model {model} does not give"
+        + ("; its text has to share a space with the patches" if "text" in missing else "")
+        + f"; it gives {', '.join(sorted(given)) or 'no channel'}: choose another reducer, or an option of this one that does without"
+    )
 
 
 def planned_frames(config: VideoConfig) -> FramePlan:

@@ -11,7 +11,7 @@ on the windows and not on the ranks: `reduce_distributed` equals `reduce` bit fo
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -110,6 +110,8 @@ class Watcher:
     seed: int
     group: Any
     stages: Stages
+    question: Tensor | None = None
+    """(m, hidden) rows of the question, for methods that look at it."""
 
     def watch(self, rank: int, world: int) -> Kept:
         """Read, encode and reduce this rank's frames. Collective where windows are shared."""
@@ -124,7 +126,7 @@ class Watcher:
                 done += self.plan.frames_per_group * batch.grid[0][0]
                 self.stages.log.progress(min(done, total), total)
             with self.stages.span("reduce"):
-                kept.append(self._reduce(job, join(tokens, self._nothing(job.first))))
+                kept.append(self._reduce(job, self._asked(join(tokens or [self._nothing(job.first)]))))
         return self._together(kept, pictures)
 
     def _batches(self, job: Job, pictures: _Pictures) -> Iterator[VisualTokens]:
@@ -143,7 +145,13 @@ class Watcher:
         return self.adapter.prepare(batch, self.plan, first=first, channels=self._channels())
 
     def _channels(self) -> tuple[str, ...]:
-        return tuple(sorted(self.method.needs & self.adapter.channels))
+        return tuple(sorted((self.method.needs | self.method.wants) & self.adapter.channels))
+
+    def _asked(self, tokens: VisualTokens) -> VisualTokens:
+        """The tokens with the question beside them."""
+        if self.question is None:
+            return tokens
+        return replace(tokens, channels={**tokens.channels, "text": self.question})
 
     def _nothing(self, first: int) -> VisualTokens:
         empty = torch.empty(0, self.plan.height, self.plan.width, 3, dtype=torch.uint8)
@@ -183,10 +191,8 @@ def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return small[0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy()
 
 
-def join(parts: Sequence[VisualTokens], nothing: VisualTokens) -> VisualTokens:
+def join(parts: Sequence[VisualTokens]) -> VisualTokens:
     """Runs of frames of one video, one after another, as one item."""
-    if not parts:
-        return nothing
     x = torch.cat([p.x for p in parts])
     grid = (sum(p.grid[0][0] for p in parts), *parts[0].grid[0][1:])
     channels = {name: torch.cat([p.channels[name] for p in parts]) for name in parts[0].channels}

@@ -16,7 +16,7 @@ from token_reduction.budget import Budget, split_budget, windows
 from token_reduction.distributed import reduce_distributed
 from token_reduction.reducer import Reducer
 from token_reduction.reduction import Reduction
-from token_reduction.registry import Method, build, methods, parse
+from token_reduction.registry import Method, build, from_spec, methods, parse
 from token_reduction.stream import KeptWindow, reduce_stream
 from token_reduction.tokens import TokenShard, VisualTokens
 
@@ -29,6 +29,7 @@ __all__ = [
     "TokenShard",
     "VisualTokens",
     "build",
+    "from_spec",
     "methods",
     "parse",
     "reduce_distributed",

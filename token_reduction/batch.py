@@ -33,9 +33,12 @@ class Batch:
     text: Tensor | None = None
     seeds: tuple[int, ...] = ()
 
-    def units(self, channel: str | None = None, center: bool = False) -> Tensor:
-        """Exact unit rows (B, n, D) float64 of x, or of a channel."""
-        return unit_rows(self.x if channel is None else self.channels[channel].flatten(2), center)
+    def units(self, channel: str | None = None, center: bool = False, mean_heads: bool = False) -> Tensor:
+        """Exact unit rows (B, n, D) float64 of x, or of a channel: heads side by side, or their mean where they are told apart."""
+        value = self.x if channel is None else self.channels[channel]
+        if mean_heads and value.dim() == 4:
+            value = value.double().mean(2)
+        return unit_rows(value.flatten(2), center)
 
     def attention(self, channel: str = "cls_attn", layer: int = -1) -> Tensor:
         """(B, n) float64 attention of one layer of a channel that may hold several."""

@@ -30,7 +30,13 @@ from token_reduction.reduction import Reduction
 from token_reduction.tokens import TokenShard, VisualTokens, whole
 from tokenring.transport import Transport, connect
 
-_HEADER = ("method, budget or seed", "grid", "feature width", "feature dtype")
+_HEADER = (
+    "method, budget or seed",
+    "grid",
+    "feature width",
+    "feature dtype",
+    "channels that the method uses where there are any",
+)
 
 
 def reduce_distributed(
@@ -67,7 +73,8 @@ def reduce_distributed(
     transport = connect(group)
     shard = tokens_local if isinstance(tokens_local, TokenShard) else _place(tokens_local, transport)
     counts, problem = _counts(method, shard, budget)
-    _agree(shard, (method, budget, generator_seed), problem, transport)
+    wanted = sorted(method.wants & set(shard.channels))
+    _agree(shard, (method, budget, generator_seed), wanted, problem, transport)
     generator = None if generator_seed is None else torch.Generator().manual_seed(generator_seed)
     return method.reduce_shard(shard, counts, transport, generator)
 
@@ -106,11 +113,13 @@ def _place(tokens: Any, transport: Transport) -> TokenShard:
     return TokenShard(tokens.x, torch.cat(index), offsets, tuple(grid), tokens.positions, tokens.channels)
 
 
-def _agree(shard: TokenShard, settings: tuple[Any, ...], problem: str | None, transport: Transport) -> None:
+def _agree(
+    shard: TokenShard, settings: tuple[Any, ...], wanted: list[str], problem: str | None, transport: Transport
+) -> None:
     """Raise on every rank alike what would otherwise hang some of them or give a wrong union."""
     if transport.world > 1:
         device = shard.x.device
-        fixed = [_crc(settings), _crc(shard.grid), shard.x.shape[1], _crc(shard.x.dtype)]
+        fixed = [_crc(settings), _crc(shard.grid), shard.x.shape[1], _crc(shard.x.dtype), _crc(wanted)]
         own = torch.tensor([problem is not None, shard.x.shape[0], *fixed], device=device)
         own = torch.cat([own, _fingerprint(shard.global_index)[None]])
         headers = torch.stack(transport.all_gather(own[None]))[:, 0].cpu()

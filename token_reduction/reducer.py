@@ -32,12 +32,17 @@ class Reducer(ABC):
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
     """Names of the channels that tokens must carry."""
+    wants: ClassVar[frozenset[str]] = frozenset()
+    """Names of the channels that are used where tokens carry them."""
     cost: ClassVar[str]
     """Work and memory in n tokens, k kept, width D, T frames of N."""
     source: ClassVar[str]
     """Where the method was published."""
     form: ClassVar[str]
     """"authors'": the published algorithm, or "ours": the publication leaves the algorithm open and this is our form."""
+
+    text_space: ClassVar[str] = "x"
+    """The plane whose space `text` must share."""
 
     merges: ClassVar[bool] = False
     """Whether rows may be made of several tokens."""

@@ -113,15 +113,56 @@ def parse(text: str) -> tuple[str, Budget]:
     >>> parse("evs:25%"), parse("identity")
     (('evs', Budget.ratio(0.25)), ('identity', Budget.ratio(1.0)))
     """
-    name, colon, value = (part.strip() for part in text.partition(":"))
+    reducer, options, budget = _read(text)
+    if options:
+        raise ValueError(f"{text!r} has options, which this does not read; use from_spec")
+    return reducer.name, budget
+
+
+def from_spec(text: str) -> tuple[Reducer, Budget]:
+    """Read "METHOD:BUDGET" or "METHOD,option=value,...:BUDGET" and build the method.
+
+    Values are true, false, none, numbers or words, as the option wants.
+
+    >>> from_spec("cdpruner,relevance=false:0.1")
+    (CDPruner(variant='best', relevance=False, block=None), Budget.ratio(0.1))
+    """
+    reducer, options, budget = _read(text)
+    try:
+        return build(reducer.name, **options), budget
+    except TypeError:
+        raise ValueError(
+            f"{text!r} gives an option of {reducer.name} a value of a kind that it does not take"
+        ) from None
+
+
+def _read(text: str) -> tuple[type[Reducer], dict[str, Any], Budget]:
+    head, colon, value = (part.strip() for part in text.partition(":"))
+    name, *pairs = (part.strip() for part in head.split(","))
     reducer = _find(name)
+    wrong = [pair for pair in pairs if not all(pair.partition("="))]
+    if wrong:
+        raise ValueError(f"an option is written name=value, got {wrong[0]!r} in {text!r}")
+    options = {key.strip(): _value(word.strip()) for key, _, word in (pair.partition("=") for pair in pairs)}
     if reducer is Identity:
         if colon:
             raise ValueError(f"identity keeps every token and takes no budget, got {text!r}; write identity")
-        return name, Budget.ratio(1.0)
+        return reducer, options, Budget.ratio(1.0)
     if not value:
         raise ValueError(f"{name} needs a budget, got {text!r}; write {name}:0.1, {name}:10% or {name}:64")
-    return name, Budget.parse(value)
+    return reducer, options, Budget.parse(value)
+
+
+def _value(word: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if word.lower() in words:
+        return words[word.lower()]
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            continue
+    return word
 
 
 def _find(name: str) -> type[Reducer]:

@@ -60,9 +60,6 @@ class UnitReducer(Reducer):
     def select_one(self, batch: Batch, count: int) -> Selection:
         """The answer for a batch of one unit."""
 
-    text_space: ClassVar[str] = "x"
-    """The plane whose width `text` must share."""
-
     def problem(self, shard: TokenShard, counts: Sequence[int]) -> str | None:
         return super().problem(shard, counts) or refuse_unfinite(self, shard) or refuse_channels(self, shard)
 
@@ -75,7 +72,7 @@ class UnitReducer(Reducer):
     ) -> Reduction:
         units = self._units(shard, counts, generator)
         planes = {"x": shard.x if self.features else shard.x[:, :0]}
-        planes |= {name: shard.channels[name] for name in sorted(self.needs - {"text"})}
+        planes |= {name: shard.channels[name] for name in used_channels(self, shard)}
         pieces = _Pieces(shard, units, planes, transport)
         answers: dict[int, Selection] = {}
         for numbers in _alike(units, pieces.touched):
@@ -105,9 +102,14 @@ class UnitReducer(Reducer):
         return int(torch.randint(2**40, (), generator=generator, device=generator.device))
 
 
+def used_channels(method: Reducer, shard: TokenShard) -> list[str]:
+    """Channels with one entry per token that the method looks at: what it needs, and of what it wants what there is."""
+    return sorted((method.needs - {"text"}) | (method.wants & set(shard.channels)))
+
+
 def refuse_channels(method: UnitReducer, shard: TokenShard) -> str | None:
-    """Why a channel that the method needs cannot be what it should be, or None."""
-    for name in sorted(method.needs - {"text"}):
+    """Why a channel that the method looks at cannot be what it should be, or None."""
+    for name in used_channels(method, shard):
         value = shard.channels[name]
         if name in ("cls_attn", "recv_attn") and value.dim() not in (1, 2):
             return f"{method.name} needs {name} as (N,) or (N, layers), got {tuple(value.shape)}"

@@ -14,7 +14,7 @@ from launch.models.files import check as _check
 if TYPE_CHECKING:
     from launch.models.base import Adapter
 
-__all__ = ["DEMOS", "FAMILIES", "check", "load"]
+__all__ = ["DEMOS", "FAMILIES", "channels_of", "check", "load"]
 
 DEMOS = ("demo", "demo-moe")
 
@@ -34,6 +34,11 @@ def check(source: str | Path) -> str:
     return str(source)
 
 
+def channels_of(family: str) -> frozenset[str]:
+    """What the adapter of a family gives to reducers, found without loading weights."""
+    return _adapter(family).channels
+
+
 def load(source: str | Path, dtype: Any = None, device: Any = "cpu") -> Adapter:
     """The adapter of a model.
 
@@ -49,16 +54,21 @@ def load(source: str | Path, dtype: Any = None, device: Any = "cpu") -> Adapter:
 
     family = check(source)
     dtype = torch.float32 if dtype is None else dtype
+    adapter = _adapter(family)
+    return adapter.load(dtype, device) if family in DEMOS else adapter.load(Path(source), dtype, device)
+
+
+def _adapter(family: str) -> Any:
+    """The class of a family."""
     if family in DEMOS:
         from launch.models.demo import DemoAdapter
         from launch.models.demo_moe import DemoMoeAdapter
 
-        return (DemoAdapter if family == "demo" else DemoMoeAdapter).load(dtype, device)
+        return DemoAdapter if family == "demo" else DemoMoeAdapter
     if family == "llava_onevision":
         from launch.models.llava import LlavaAdapter
 
-        return LlavaAdapter.load(Path(source), dtype, device)
+        return LlavaAdapter
     from launch.models.qwen import Qwen3Adapter, Qwen25Adapter
 
-    cls = Qwen25Adapter if family == "qwen2_5_vl" else Qwen3Adapter
-    return cls.load(Path(source), dtype, device)
+    return Qwen25Adapter if family == "qwen2_5_vl" else Qwen3Adapter

@@ -11,7 +11,7 @@ Frames are squashed to the encoder's square, so that every token sees picture an
 where the picture is. (The encoder's own package letterboxes: on a 16:9 video 7 of 16 rows of tokens would be bars.)
 
 Reducers see x, the projected rows, as DivPrune defines it and as the trained families do; W keeps angles between features up
-to a few hundredths. Channels: `cls_attn` and `keys` of the encoder's last block.
+to a few hundredths. Channels: what the encoder gives, `launch.encoder.ViT.forward`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class DemoAdapter(TextSide):
     """See launch.models.base.Adapter for the methods."""
 
     name = "demo"
-    channels = frozenset({"cls_attn", "keys"})
+    channels = frozenset({"cls_attn", "recv_attn", "keys", "queries", "patches", "pixels"})
     notes = (NOTE,)
 
     def __init__(self, encoder: Any, model: Any, tokenizer: Any) -> None:
@@ -75,7 +75,7 @@ class DemoAdapter(TextSide):
     def prepare(self, frames: Tensor, plan: VisualPlan, first: int = 0, channels: Collection[str] = ()) -> VisualTokens:
         """See Adapter."""
         check_run(plan, frames.shape[0], first, channels, self.channels)
-        encoded = self.encoder(frames)
+        encoded = self.encoder(frames, channels)
         projected = [self.project(features) for features in encoded["x"]]
         x = torch.cat(projected) if projected else self.table.new_zeros(0, self.hidden_size)
         start = first * plan.tokens_per_group

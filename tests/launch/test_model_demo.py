@@ -27,8 +27,8 @@ def test_a_frame_is_256_rows_in_order(adapter, video):
     pictures, plan, tokens, _ = video
     assert plan.grid == tokens.grid[0] == (3, 16, 16)
     assert tokens.x.shape == (768, 48)
-    assert tokens.channels["cls_attn"].shape == (768,)
-    assert tokens.channels["keys"].shape == (768, 12)
+    assert tokens.channels["cls_attn"].shape == (768, 1)
+    assert tokens.channels["keys"].shape == (768, 2, 6)
     features = adapter.encoder(pictures)["x"]
     assert torch.equal(tokens.x[256:512], adapter.project(features[1]))
 
@@ -89,8 +89,8 @@ def test_the_demo_says_what_its_words_are_worth(adapter):
 
 def test_what_does_not_fit_is_refused(adapter, video):
     pictures, plan, _, _ = video
-    with pytest.raises(ValueError, match="gives no recv_attn; it gives cls_attn, keys"):
-        adapter.prepare(pictures, plan, channels=["recv_attn"])
+    with pytest.raises(ValueError, match="gives no text; it gives cls_attn, keys, patches, pixels, queries, recv_attn"):
+        adapter.prepare(pictures, plan, channels=["text"])
     with pytest.raises(ValueError, match="seconds has 1 entries"):
         adapter.prompt("x", plan, [0.0])
     with pytest.raises(ValueError, match="NUL"):

@@ -97,12 +97,12 @@ def run_demo_rank(group: Any, config: RunConfig) -> RankRecord:
     return run_rank(group, config)
 
 
-@pytest.mark.parametrize("method", [name for name in methods() if build(name).needs <= DemoAdapter.channels])
+@pytest.mark.parametrize("method", methods())
 def test_every_reducer_keeps_the_same_tokens_on_any_number_of_ranks(
     pool: Pool, clip: Path, models: dict[str, str], method: str
 ) -> None:
-    plain = not build(method).needs
-    spec = method if method == "identity" else f"{method}:0.3"
+    plain = not build(method).needs - {"text"}
+    spec = {"identity": method, "cdpruner": "cdpruner,relevance=false:0.3"}.get(method, f"{method}:0.3")
     options = {"reduce__spec": spec, "reduce__window": 16 if plain else 3, "output__verify": False}
     source = models["llava"]
     if not plain:
@@ -114,13 +114,16 @@ def test_every_reducer_keeps_the_same_tokens_on_any_number_of_ranks(
     assert (alone.tokens_after == alone.tokens_before) == (method == "identity")
 
 
-@pytest.mark.parametrize("method", ["visionzip", "mmtok"])
-def test_a_reducer_that_needs_what_the_model_does_not_give_is_refused(
-    clip: Path, models: dict[str, str], method: str
+@pytest.mark.parametrize(("family", "method"), [("llava", "visionzip"), ("qwen3", "difffp"), ("demo", "cdpruner")])
+def test_a_reducer_that_looks_at_what_the_model_does_not_give_is_refused_before_ranks_start(
+    clip: Path, models: dict[str, str], family: str, method: str
 ) -> None:
-    needs = ", ".join(sorted(build(method).needs))
-    with pytest.raises(ConfigError, match=f"reducer {method} needs {needs}, which model"):
-        run_rank(None, config_of(clip, models["llava"], 1, reduce__spec=f"{method}:0.3"))
+    missing = ", ".join(sorted(build(method).needs - DemoAdapter.channels if family == "demo" else build(method).needs))
+    config = config_of(clip, models.get(family, family), 1, reduce__spec=f"{method}:0.3")
+    with pytest.raises(ConfigError, match=f"reducer {method} needs {missing}, which model .* choose another"):
+        preflight(config)
+    with pytest.raises(ConfigError, match=r"looks at the question and generate\.prompt is empty"):
+        run_rank(None, config_of(clip, models["llava"], 1, reduce__spec="catp:0.3", generate__prompt=""))
 
 
 def test_windows_do_not_depend_on_ranks_and_ranks_cover_every_frame_once() -> None:

@@ -52,9 +52,9 @@ def coverage(c, count, bonus, start):
     return sorted(kept)
 
 
-def mmtok(x, text, count, alpha, t_vision, t_text):
+def mmtok(x, seen, text, count, alpha, t_vision, t_text):
     p = torch.softmax(torch.tensor(table(text, x)) / t_text, 1) / len(text)
-    q = torch.softmax(torch.tensor(table(x, x)) / t_vision, 1) / len(x)
+    q = torch.softmax(torch.tensor(table(seen, seen)) / t_vision, 1) / len(x)
     return coverage([*p.tolist(), *(alpha * q).tolist()], count, [0.0] * len(x), 0.0)
 
 

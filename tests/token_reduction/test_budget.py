@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from token_reduction import Budget, build, methods, parse, split_budget, windows
+from token_reduction import Budget, build, from_spec, methods, parse, split_budget, windows
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,23 @@ from token_reduction import Budget, build, methods, parse, split_budget, windows
 )
 def test_text_names_a_method_and_a_budget(text, name, budget):
     assert parse(text) == (name, budget)
+
+
+def test_text_gives_options_of_every_kind():
+    assert from_spec("divprune,center=true,variant=paper:64") == (
+        build("divprune", center=True, variant="paper"),
+        Budget.count(64),
+    )
+    assert from_spec("vflowopt,t=3,m=2.5,heads=none:0.5")[0] == build("vflowopt", t=3, m=2.5)
+    for text, message in (
+        ("divprune,center:0.1", "written name=value, got 'center'"),
+        ("divprune,centre=true:0.1", "has no option centre; its options are variant, center"),
+        ("vmtc,primary=half:0.1", "an option of vmtc a value of a kind"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            from_spec(text)
+    with pytest.raises(ValueError, match="has options, which this does not read"):
+        parse("divprune,center=true:0.1")
 
 
 @pytest.mark.parametrize(

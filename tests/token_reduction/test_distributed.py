@@ -121,7 +121,7 @@ def test_plain_tokens_are_each_ranks_own_frames():
 
 def test_index_only_methods_send_a_header_and_divprune_no_whole_features():
     tokens = batch(((8, 16, 16),), width=64)
-    shards, limit = cut_frames(tokens, 2), 8 * 9
+    shards, limit = cut_frames(tokens, 2), 8 * 10
     feature_bytes = shards[0].x.numel() * 4
 
     def sent(group, name):

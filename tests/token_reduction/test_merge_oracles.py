@@ -135,6 +135,12 @@ def test_vflowopt_rows(count, m, t):
     _, channels, tokens = data(seed=count)
     expected = naive_merges.vflowopt(channels["queries"], channels["keys"], H, W, 2, t, m, count)
     same_rows("vflowopt", tokens, count, expected, heads=2, t=t, m=m)
+    apart = {name: channels[name].view(N, 2, -1) for name in ("queries", "keys")}
+    told = one(tokens.x, (1, H, W), **apart)
+    same_rows("vflowopt", told, count, expected, t=t, m=m)
+    averaged = one(tokens.x, (1, H, W), keys=apart["keys"].mean(1))
+    merged = build("tome").reduce(one(tokens.x, (1, H, W), keys=apart["keys"]), Budget.count(count))
+    assert torch.equal(merged.dense(), build("tome").reduce(averaged, Budget.count(count)).dense())
 
 
 def test_vflowopt_prefers_patches_with_much_in_them():

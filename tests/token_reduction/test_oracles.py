@@ -34,8 +34,10 @@ def test_facility_mmtok_and_catp_equal_greedy_from_scratch(seed, count):
     x, channels, tokens = data(seed=seed)
     assert kept("facility", tokens, count) == naive.coverage(naive.table(x, x), count, [0.0] * N, -1.0)
     text = channels["text"]
-    assert kept("mmtok", tokens, count) == naive.mmtok(x, text, count, 0.5, 0.2, 0.02)
-    assert kept("mmtok", tokens, count, variant="released") == naive.mmtok(x, text, count, 0.5, 0.2, 0.01)
+    assert kept("mmtok", tokens, count) == naive.mmtok(x, channels["patches"], text, count, 0.5, 0.2, 0.02)
+    assert kept("mmtok", tokens, count, variant="released") == naive.mmtok(
+        x, channels["patches"], text, count, 0.5, 0.2, 0.01
+    )
     assert kept("catp", tokens, count) == naive.catp(x, text, count, 0.7)
 
 

@@ -20,6 +20,29 @@ from token_reduction.selectors.coverage import Cover, greedy
 from token_reduction.unit_reducer import UnitReducer
 
 _BITS = 40  # Q's entries are near 1/n^2
+_FORMATS = (
+    "answer the question using a single word or phrase.",
+    "answer with the option's letter from the given choices directly.",
+)
+_STOP = frozenset(
+    "a an the am is are was were be been being do does did has have had can could will would shall should may might must i you he she "
+    "it we they me him her us them my your his its our their this that these those what which who whom whose when where why how "
+    "in on at of to from by for with about into over under between through".split()
+)
+
+
+def clean_question(question: str) -> str:
+    """The question without its answer format and without words that name nothing in a picture; as it is where nothing is left.
+
+    >>> clean_question("What is the color of the bus on the left? Answer the question using a single word or phrase.")
+    'color bus left?'
+    """
+    text = question
+    for sentence in _FORMATS:
+        at = text.lower().find(sentence)
+        text = text if at < 0 else text[:at] + text[at + len(sentence) :]
+    words = [word for word in text.split() if word.lower().strip(".,;:!?\"'") not in _STOP]
+    return " ".join(words) or question
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +54,8 @@ class MMTok(UnitReducer):
         vision_temperature, text_temperature: t_vision, t_text. The released inner function says 0.01 for the text where
             its constructor says 0.02: variant "released" takes 0.01 unless told otherwise, the others 0.02.
 
-    V is the tokens themselves; to use features before the projector, make them x and index the projected by the result.
-    Scores: the gain of a kept token, 0 for the others.
+    V is the channel `patches`, the features before the projector, or x where there is none; X and the text share a space.
+    `clean_question` gives the words of a question that the published method embeds. Scores: the gain of a kept token, 0 for the others.
     """
 
     alpha: float = 0.5
@@ -40,6 +63,7 @@ class MMTok(UnitReducer):
     text_temperature: float | None = None
     name: ClassVar[str] = "mmtok"
     needs: ClassVar[frozenset[str]] = frozenset({"text"})
+    wants: ClassVar[frozenset[str]] = frozenset({"patches"})
     cost: ClassVar[str] = "O(n^2 D) time, O(n D) memory"
     source: ClassVar[str] = "MMTok, multimodal coverage maximization"
     form: ClassVar[str] = "authors'"
@@ -51,10 +75,11 @@ class MMTok(UnitReducer):
         q, z = batch.units()[0], unit_rows(batch.text.to(batch.x.device))
         t_text = self.text_temperature or (0.01 if self.variant == "released" else 0.02)
         p = torch.softmax(z @ q.mT / t_text, -1) / len(z)
-        total = torch.cat([((rows @ q.mT) / self.vision_temperature).logsumexp(-1) for rows in q.split(512)])
+        v = batch.units("patches")[0] if "patches" in batch.channels else q
+        total = torch.cat([((rows @ v.mT) / self.vision_temperature).logsumexp(-1) for rows in v.split(512)])
 
         def columns(js: torch.Tensor) -> torch.Tensor:
-            share = torch.exp((q[js] @ q.mT) / self.vision_temperature - total) / len(q)
+            share = torch.exp((v[js] @ v.mT) / self.vision_temperature - total) / len(v)
             return torch.cat([p.mT[js], self.alpha * share], 1)
 
         cover = Cover(columns, len(z) + len(q), len(q), q.new_zeros(len(q)), 0.0, _BITS, torch.int64)

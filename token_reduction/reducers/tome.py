@@ -20,7 +20,7 @@ from token_reduction.unit_reducer import UnitReducer
 
 @dataclass(frozen=True, kw_only=True)
 class ToMe(UnitReducer):
-    """Keep k rows of each frame, every row the mean of its tokens.
+    """Keep k rows of each frame, every row the mean of its tokens. Keys are averaged over heads where these are told apart.
 
     Args:
         per_round: tokens that one round takes away.
@@ -43,7 +43,9 @@ class ToMe(UnitReducer):
             raise ValueError(f"a round takes away at least 1 token, got per_round={self.per_round!r}; 16 is published")
 
     def select(self, batch: Batch, count: int) -> Sequence[Selection]:
-        merged = merge_rounds(batch.channels["keys"].flatten(2), count, self.per_round, sized=True)
+        keys = batch.channels["keys"]
+        keys = keys.double().mean(2) if keys.dim() == 4 else keys.flatten(2)
+        merged = merge_rounds(keys, count, self.per_round, sized=True)
         return [rows_of(*parts) for parts in zip(*merged)]
 
     def select_one(self, batch: Batch, count: int) -> Selection:

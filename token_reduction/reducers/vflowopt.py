@@ -30,7 +30,7 @@ class VFlowOpt(UnitReducer):
     """Keep k rows of each frame. Needs the encoder layer's `queries` and `keys`: attention is made frame by frame.
 
     Args:
-        heads: heads that lie side by side in queries and keys.
+        heads: heads that lie side by side in queries and keys; None: as the channels tell, (N, H, d), or one.
         t: how far above the mean a global token receives attention; none above: all tokens are global.
         m: side of a recycling cell in tokens, rounded to whole ones.
         alpha_v: weight of the entropy, which then needs `pixels` in 0..1; the values shipped for 10, 25 and 50% have 0.
@@ -38,7 +38,7 @@ class VFlowOpt(UnitReducer):
     Scores: importance. Variants: one algorithm; best, paper and released are the same.
     """
 
-    heads: int = 1
+    heads: int | None = None
     t: float = 2.0
     m: float = 12.0
     alpha_v: float = 0.0
@@ -51,7 +51,7 @@ class VFlowOpt(UnitReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.heads < 1 or self.m < 1 or self.t < 0:
+        if (self.heads is not None and self.heads < 1) or self.m < 1 or self.t < 0:
             raise ValueError(f"vflowopt needs heads >= 1, m >= 1, t >= 0, got {self.heads!r}, {self.m!r}, {self.t!r}")
 
     @property
@@ -63,8 +63,12 @@ class VFlowOpt(UnitReducer):
 
     def _heads(self, shard: TokenShard) -> str | None:
         queries, keys = (shard.channels[name].shape for name in ("queries", "keys"))
-        if queries != keys or queries[1] % self.heads:
-            return f"vflowopt needs queries and keys (N, C), C a multiple of {self.heads} heads, got {tuple(queries)}, {tuple(keys)}"
+        width = queries[1:].numel()
+        if queries != keys or len(queries) not in (2, 3) or width % (self.heads or 1):
+            return (
+                f"vflowopt needs queries and keys alike, (N, H, d), or (N, C) with C a multiple of {self.heads or 1} heads, got "
+                f"{tuple(queries)}, {tuple(keys)}"
+            )
         return None
 
     def select_one(self, batch: Batch, count: int) -> Selection:
@@ -86,8 +90,9 @@ class VFlowOpt(UnitReducer):
 
     def importance(self, batch: Batch) -> Tensor:
         """(n,) float64."""
-        q, k = (batch.channels[name][0].double().flatten(1) for name in ("queries", "keys"))
-        q, k = (part.view(len(part), self.heads, -1).transpose(0, 1) for part in (q, k))
+        q, k = (batch.channels[name][0].double() for name in ("queries", "keys"))
+        heads = self.heads or (q.shape[1] if q.dim() == 3 else 1)
+        q, k = (part.reshape(len(part), heads, -1).transpose(0, 1) for part in (q, k))
         attention = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1).mean(0)
         received = attention.mean(0)
         global_ = received > self.t * received.mean()

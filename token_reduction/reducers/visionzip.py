@@ -20,7 +20,8 @@ from token_reduction.unit_reducer import UnitReducer
 
 @dataclass(frozen=True, kw_only=True)
 class VisionZip(UnitReducer):
-    """Keep k rows of each frame: (1 - contextual) k dominant tokens, the others merged.
+    """Keep k rows of each frame: (1 - contextual) k dominant tokens, the others merged. Keys are averaged over heads where
+    these are told apart.
 
     Args:
         contextual: share of the k rows that are merged, at least one of them where k > 1.
@@ -45,7 +46,7 @@ class VisionZip(UnitReducer):
             raise ValueError(f"contextual is a share between 0 and 1, got {self.contextual!r}; 10/64 is published")
 
     def select_one(self, batch: Batch, count: int) -> Selection:
-        attention, keys = batch.attention()[0], batch.units("keys")[0]
+        attention, keys = batch.attention()[0], batch.units("keys", mean_heads=True)[0]
         merged = min(count - 1, max(1, round(self.contextual * count)))
         dominant = top(attention, count - merged)
         if not merged:
