@@ -43,14 +43,14 @@ CHUNK = 512
 
 
 class Model:
-    """SmolLM2 and its tokenizer."""
+    """SmolLM2 and its tokenizer; `config`: what its configuration is to say instead."""
 
-    def __init__(self) -> None:
+    def __init__(self, **config: Any) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         folder = demo_dir() / "smollm2"
         self.tokens = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **config).eval()
 
     def ids(self, name: str, length: int) -> Tensor:
         """(1, length) token ids of a text."""

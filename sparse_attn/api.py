@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sparse_attn.arguments import check, kept_rows, packed
+from sparse_attn.autograd import Gradients, answer, differentiable
 from sparse_attn.config import AnchorConfig
 from sparse_attn.cost import resolved
 from sparse_attn.geometry import documents_of, geometry_of
@@ -41,6 +42,7 @@ def anchor_attention(
     plan: StripePlan | None = None,
     group: Any = None,
     layout: Layout | str = "zigzag",
+    kv_layout: Layout | str | None = None,
     kernel: str = "auto",
     return_lse: bool = False,
     return_stats: bool = False,
@@ -63,7 +65,8 @@ def anchor_attention(
         plan: use these columns (see `plan`); leave config, documents and keep out then.
         group: ProcessGroup, 1-D DeviceMesh or LocalGroup: q, k and v are this rank's rows, and only wanted rows of keys and
             values travel (see `sparse_attn.distributed.attend`). None: one device.
-        layout: with a group, which rows each rank holds: a Layout, or a name where every rank holds equally many.
+        layout, kv_layout: with a group, which rows each rank holds: a Layout, or a name where every rank holds equally many;
+            kv_layout where keys and values are cut differently from queries (rows on top of a spread cache).
         kernel: "auto", "triton", "flashinfer", or the name of a block kernel of tokenring.
         return_lse: also lse. return_stats: also `Stats`.
 
@@ -82,32 +85,22 @@ def anchor_attention(
     if group is not None:
         from sparse_attn.distributed.api import attend  # it builds on this package
 
-        told = {
-            "config": config,
-            "scale": scale,
-            "mask": mask,
-            "cu_seqlens": cu_seqlens,
-            "keep": keep,
-            "kernel": kernel,
-        }
-        alone = {"kv_cu_seqlens": kv_cu_seqlens, "plan": plan}
-        wanted = {"return_lse": return_lse, "return_stats": return_stats}
-        return attend(q, k, v, group=group, layout=layout, **told, **alone, **wanted)
-    if layout != "zigzag":
-        raise ValueError(f"got layout={layout!r} without a group; give group= too, or leave layout out on one device")
+        where = {"group": group, "layout": layout, "kv_layout": kv_layout}
+        rows = {"mask": mask, "cu_seqlens": cu_seqlens, "kv_cu_seqlens": kv_cu_seqlens, "keep": keep}
+        how = {"config": config, "scale": scale, "plan": plan, "kernel": kernel}
+        return attend(q, k, v, **where, **rows, **how, return_lse=return_lse, return_stats=return_stats)
+    if layout != "zigzag" or kv_layout is not None:
+        raise ValueError(
+            f"got layout={layout!r}, kv_layout={kv_layout!r} without a group; give group= too, or leave them out on one device"
+        )
     run = _prepared(q, k, v, config, scale, mask, cu_seqlens, kv_cu_seqlens, keep, plan, kernel)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        out, lse = _Attention.apply(q, k, v, run)
-    else:
-        out, lse = run.forward(q, k, v)
-    found: tuple[Any, ...] = (out.to(q.dtype),)
-    if return_lse:
-        found += (lse,)
+    with torch.no_grad():
+        made = run.forward(q, k, v)
+    assert run.plan is not None
+    out, lse = differentiable(made, partial(_backward, run), q, k, v)
     if return_stats:
-        assert run.plan is not None
         run.stats.of_plan(run.plan)
-        found += (run.stats,)
-    return found[0] if len(found) == 1 else found
+    return answer(out, lse, run.stats, return_lse, return_stats)
 
 
 def plan(
@@ -185,20 +178,6 @@ def _prepared(
     return Run(geometry, config, scale, kernel, kept_rows(keep, k), None, Stats())
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, run: Run) -> tuple[Tensor, Tensor]:
-        out, lse = run.forward(q, k, v)
-        out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.run = run
-        ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        blocks = Blocks.of(block_kernel(ctx.run.kernel), q, v, ctx.run.scale)
-        with torch.autocast(q.device.type, enabled=False):
-            return *gradients(blocks, ctx.run.plan, q, k, v, out, lse, do), None
+def _backward(run: Run, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, do: Tensor) -> Gradients:
+    assert run.plan is not None
+    return gradients(Blocks.of(block_kernel(run.kernel), q, v, run.scale), run.plan, q, k, v, out, lse, do)

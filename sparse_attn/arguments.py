@@ -11,8 +11,11 @@ from torch import Tensor
 from tokenring import Mask
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
-    """(B, S, H, D) tensors of one floating dtype and device that agree; a scale that is a number."""
+def check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, spread: bool = False) -> None:
+    """(B, S, H, D) tensors of one floating dtype and device that agree; a scale that is a number.
+
+    spread: they are one rank's rows, of which there may be more queries than keys.
+    """
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if any(x.dim() != 4 for x in (q, k, v)):
         raise ValueError(f"got {shapes}; each must be (batch, rows, heads, head dim)")
@@ -20,7 +23,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
         raise ValueError(f"got {shapes}; k and v must be alike in batch, rows and heads, q and k in batch and head dim")
     if k.shape[2] == 0 or q.shape[2] % k.shape[2] or q.shape[2] == 0:
         raise ValueError(f"got {shapes}; query heads must be a multiple of key heads, and one or more")
-    if q.shape[1] > k.shape[1]:
+    if q.shape[1] > k.shape[1] and not spread:
         raise ValueError(
             f"got {shapes}; queries are the last rows of the keys' sequence, so give at least as many keys"
         )

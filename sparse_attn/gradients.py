@@ -10,39 +10,63 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_attn.autograd import Gradients
 from sparse_attn.kernels.blocks import Blocks
 from sparse_attn.kernels.torch_kernel import heads_of
 from sparse_attn.stripes import StripePlan
 from tokenring.merge import accumulator_dtype
 
+Queries = tuple[Tensor, Tensor, Tensor, Tensor]
+"""q, do, lse, delta."""
+
 
 def gradients(
     blocks: Blocks, plan: StripePlan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, do: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Gradients:
     """dq, dk, dv of the shapes of q, k, v, summed in float32 (float64 for float64)."""
+    totals = zeros(q, k, v)
+    add_gradients(blocks, plan, whole_rows(q, out, lse, do), k, v, totals)
+    dq, dk, dv = (total.to(x.dtype) for total, x in zip(totals, (q, k, v)))
+    return dq, dk, dv
+
+
+def whole_rows(q: Tensor, out: Tensor, lse: Tensor, do: Tensor) -> Queries:
+    """q, do, lse, and delta (B, Hq, Sq) = rowsum(do * out): what every share of the gradients needs of the queries."""
     wide = accumulator_dtype(q.dtype)
-    delta = (do.to(wide) * out.to(wide)).sum(-1).transpose(1, 2)
-    totals = tuple(torch.zeros_like(x, dtype=wide) for x in (q, k, v))
-    queries = q, do.contiguous(), lse, delta
+    return q, do.contiguous(), lse, (do.to(wide) * out.to(wide)).sum(-1).transpose(1, 2)
+
+
+def zeros(*tensors: Tensor) -> Gradients:
+    """Sums to add to, in the accumulator's dtype."""
+    dq, dk, dv = (torch.zeros_like(x, dtype=accumulator_dtype(x.dtype)) for x in tensors)
+    return dq, dk, dv
+
+
+def add_gradients(
+    blocks: Blocks, plan: StripePlan, queries: Queries, k: Tensor, v: Tensor, totals: Gradients, anchors: bool = True
+) -> None:
+    """The shares of a plan's pairs join the totals of q, k and v. anchors: those of the anchor regions too."""
     if plan.path == "dense":
         _documents(blocks, plan, queries, k, v, totals)
-    else:
-        for number, group in enumerate(plan.geometry.groups):
+        return
+    for number, group in enumerate(plan.geometry.groups):
+        if anchors:
             _anchor(blocks, plan, number, queries, k, v, totals)
-            for place, columns in enumerate(plan.lists(number)):
-                if len(columns):
-                    _stripe(blocks, plan, group.rows, place, columns, queries, k, v, totals)
-    return tuple(total.to(x.dtype) for total, x in zip(totals, (q, k, v)))
+        for place, columns in enumerate(plan.lists(number)):
+            if len(columns):
+                _stripe(blocks, plan, group.rows, place, columns, queries, k, v, totals)
 
 
-def _documents(blocks: Blocks, plan: StripePlan, queries: tuple, k: Tensor, v: Tensor, totals: tuple) -> None:
+def _documents(blocks: Blocks, plan: StripePlan, queries: Queries, k: Tensor, v: Tensor, totals: Gradients) -> None:
     for (qa, qb), (ka, kb) in plan.geometry.documents:
         before = kb - ka - (qb - qa)
         _rectangle(blocks, queries, k, v, totals, (qa, qb), slice(ka, ka + before))
         _rectangle(blocks, queries, k, v, totals, (qa, qb), slice(ka + before, kb), causal=True)
 
 
-def _anchor(blocks: Blocks, plan: StripePlan, number: int, queries: tuple, k: Tensor, v: Tensor, totals: tuple) -> None:
+def _anchor(
+    blocks: Blocks, plan: StripePlan, number: int, queries: Queries, k: Tensor, v: Tensor, totals: Gradients
+) -> None:
     group = plan.geometry.groups[number]
     own = slice(group.diagonal, group.diagonal + group.count)
     _rectangle(blocks, queries, k, v, totals, group.rows, own, causal=True)
@@ -55,10 +79,10 @@ def _anchor(blocks: Blocks, plan: StripePlan, number: int, queries: tuple, k: Te
 
 def _rectangle(
     blocks: Blocks,
-    queries: tuple,
+    queries: Queries,
     k: Tensor,
     v: Tensor,
-    totals: tuple,
+    totals: Gradients,
     rows: tuple[int, int],
     keys: slice | Tensor,
     causal: bool = False,
@@ -79,10 +103,10 @@ def _stripe(
     rows: tuple[int, int],
     place: int,
     columns: Tensor,
-    queries: tuple,
+    queries: Queries,
     k: Tensor,
     v: Tensor,
-    totals: tuple,
+    totals: Gradients,
 ) -> None:
     """The query heads of one list against its columns."""
     entry, heads, key_head = heads_of(plan, place)

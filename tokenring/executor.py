@@ -7,6 +7,7 @@ connection a receive's ready message would queue behind bulk data.
 from __future__ import annotations
 
 import time
+from collections import deque
 
 import torch
 from torch import Tensor
@@ -24,24 +25,45 @@ Region = tuple[tuple[Range, ...], Range | None]
 
 def run(plan: Plan, transport: Transport, work: Work) -> Tensors:
     """This rank's part of the plan: `work.result()` when all steps are done."""
+    return begin(plan, transport, work).finish()
+
+
+def begin(plan: Plan, transport: Transport, work: Work) -> Running:
+    """Do what comes before the plan's first wait; `finish` does the rest.
+
+    What the caller computes in between hides what is under way. Plans under way together on one lane are finished in the
+    order they were begun in.
+    """
     try:
-        return _Run(plan, transport, work).result()
+        running = Running(plan, transport, work)
+        running.go(until="wait")
     except BaseException as error:
         transport.abandon(error)
         raise
+    return running
 
 
-class _Run:
-    """One rank's slots, and what is under way."""
+class Running:
+    """One rank's slots, and what is under way. Make it with `begin`."""
 
     def __init__(self, plan: Plan, transport: Transport, work: Work) -> None:
         self.transport, self.work, self.problem = transport, work, plan.problem
-        self.steps, self.program = plan.steps(transport.rank), plan.operations(transport.rank)
+        self.steps, self.program = plan.steps(transport.rank), deque(plan.operations(transport.rank))
         self.slots: dict[str, Slot] = {what: plan.problem.own(what, transport.rank) for what in ("q", "kv")}
         self.held: dict[str, Tensors] = dict(work.inputs)
         self.landing: dict[tuple[int, int], list[tuple[Tensor, list[Tensor], int]]] = {}
 
-    def result(self) -> Tensors:
+    def finish(self) -> Tensors:
+        """What is left of the plan, then `work.result()`."""
+        try:
+            self.go()
+            return self.work.result()
+        except BaseException as error:
+            self.transport.abandon(error)
+            raise
+
+    def go(self, until: str | None = None) -> None:
+        """Do operations in order, up to the first of a kind or to the end."""
         verbs = {
             "open": self._open,
             "push": self._push,
@@ -52,9 +74,9 @@ class _Run:
             "merge": self._merge,
             "free": self._free,
         }
-        for operation in self.program:
+        while self.program and self.program[0].verb != until:
+            operation = self.program.popleft()
             verbs[operation.verb](operation)
-        return self.work.result()
 
     # -- transfers ---------------------------------------------------------------------------------------------------
 

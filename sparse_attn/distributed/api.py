@@ -3,39 +3,50 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sparse_attn import cost
 from sparse_attn.arguments import check, kept_rows, packed
+from sparse_attn.autograd import answer, differentiable
 from sparse_attn.config import AnchorConfig
 from sparse_attn.distributed.backward import backward
 from sparse_attn.distributed.call import Call
 from sparse_attn.distributed.cut import cut_of
 from sparse_attn.distributed.stats import RankStats
-from sparse_attn.geometry import Geometry, documents_of
+from sparse_attn.geometry import Geometry, documents_of, geometry_of
 from sparse_attn.identify.products import test_dtype
 from sparse_attn.kernels.choice import block_kernel, executor
 from tokenring import AttentionShape, Layout, Mask, attention, connect, plan
 from tokenring.agreement import refuse
 from tokenring.transport import Transport
 
-ALONE = ("plan", "kv_cu_seqlens")
-"""What only a call on one device can honour."""
 
-
-def attend(q: Tensor, k: Tensor, v: Tensor, *, group: Any, layout: Layout | str = "zigzag", **options: Any) -> Any:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group: Any,
+    layout: Layout | str = "zigzag",
+    kv_layout: Layout | str | None = None,
+    return_lse: bool = False,
+    return_stats: bool = False,
+    **options: Any,
+) -> Any:
     """AnchorAttention over a sequence that is spread over the ranks of a group; on every rank its rows of the one-device result.
 
     Args:
-        q: (B, S_local, Hq, D), k: (B, S_local, Hkv, D), v: (B, S_local, Hkv, Dv): this rank's rows, in the order of
+        q: (B, Sq_local, Hq, D), k: (B, Sk_local, Hkv, D), v: (B, Sk_local, Hkv, Dv): this rank's rows, in the order of
             `layout.positions(rank)`; shards may be uneven or empty.
         group: ProcessGroup, 1-D DeviceMesh, LocalGroup, or None for one rank.
         layout: a Layout, or a name where every rank holds equally many rows. Whole groups on a rank send least, and
             `group_layout` deals them out so that ranks have like work.
+        kv_layout: of keys and values, where they are cut differently: rows on top of a cache that is spread over the ranks.
+            Queries are the last rows; the offset of `layout` says so, or is 0.
         options: as for `anchor_attention`; cu_seqlens, keep and masks of documents count positions of the whole sequence.
 
     Returns:
@@ -60,7 +71,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, group: Any, layout: Layout | str 
     """
     runtime = connect(group)
     try:
-        call = _prepared(runtime, layout, q, k, v, **options)
+        call = _prepared(runtime, layout, kv_layout, q, k, v, reports=return_stats, **options)
     except ValueError as error:
         refuse(runtime, error)
         raise
@@ -68,21 +79,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, group: Any, layout: Layout | str 
         made = None if call.stats.path == "dense" else call.forward(q, k, v)
     if made is None:
         out, lse = _dense(call, q, k, v)
-    elif torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        out, lse = _Attention.apply(q, k, v, call, made)
     else:
-        out, lse = made
-    found: tuple[Any, ...] = (out.to(q.dtype),)
-    if options.get("return_lse"):
-        found += (lse,)
-    if options.get("return_stats"):
-        found += (call.stats,)
-    return found[0] if len(found) == 1 else found
+        out, lse = differentiable(made, partial(backward, call), q, k, v)
+    return answer(out, lse, call.stats, return_lse, return_stats)
 
 
 def _prepared(
     runtime: Transport,
     layout: Layout | str,
+    kv_layout: Layout | str | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -91,62 +96,52 @@ def _prepared(
     scale: float | None = None,
     mask: Mask | str = "causal",
     cu_seqlens: Any = None,
+    kv_cu_seqlens: Any = None,
     keep: Any = None,
+    plan: Any = None,
     kernel: str = "auto",
-    return_lse: bool = False,
-    return_stats: bool = False,
-    **alone: Any,
+    reports: bool = False,
 ) -> Call:
-    _check(runtime, layout, q, k, v, scale, alone)
-    cut = Layout.of(layout, q.shape[1], runtime.world)
-    _check_layout(runtime, cut, q)
+    check(q, k, v, scale, spread=True)
+    cuts = _layouts(runtime, layout, kv_layout, q, k)
+    if plan is not None:
+        raise ValueError("got plan= and group=; over ranks columns are found by the call: leave plan out")
     config = AnchorConfig() if config is None else config
     config.thetas(q.shape[2])
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    cu_seqlens, _ = packed(mask, cu_seqlens, None)
-    documents = documents_of(cut.total, cut.total, cu_seqlens, None)
+    documents = documents_of(cuts[0].total, cuts[1].total, *packed(mask, cu_seqlens, kv_cu_seqlens))
     longest = max((b - a for _, (a, b) in documents), default=0)
-    geometry = Geometry.of(documents, *cost.resolved(config, longest))
-    rows = kept_rows(keep, q.new_empty(()).expand(1, cut.total))
-    found = cut_of(geometry, cut.at(0), () if rows is None else tuple(rows.tolist()))
+    geometry = geometry_of(documents, *cost.resolved(config, longest))
+    rows = kept_rows(keep, k.new_empty(()).expand(1, cuts[1].total))
+    found = cut_of(geometry, *cuts, () if rows is None else tuple(rows.tolist()))
     executor(kernel, q, v, scale)  # a name that does not fit is refused before anything is sent
     stats = RankStats()
     _choose_path(stats, config, geometry, q, v)
-    agreed = (config, scale, documents, found.keep, str(test_dtype(q, config.scores)), bool(return_stats))
-    return Call(runtime, found, config, scale, kernel, stats, agreed, bool(return_stats))
+    agreed = (config, scale, documents, found.keep, str(test_dtype(q, config.scores)), reports)
+    return Call(runtime, found, config, scale, kernel, stats, agreed, reports)
 
 
-def _check(
-    runtime: Transport,
-    layout: Layout | str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float | None,
-    alone: dict[str, Any],
-) -> None:
-    told = [name for name, value in alone.items() if value is not None]
-    if unknown := set(alone) - set(ALONE):
-        raise ValueError(f"got {', '.join(sorted(unknown))}=, which no call over ranks has")
-    if told:
+def _layouts(
+    runtime: Transport, layout: Layout | str, kv_layout: Layout | str | None, q: Tensor, k: Tensor
+) -> tuple[Layout, Layout]:
+    """Layouts of queries and keys, both from position 0."""
+    rows = Layout.of(layout, q.shape[1], runtime.world)
+    keys = rows if kv_layout is None else Layout.of(kv_layout, k.shape[1], runtime.world)
+    for x, what, cut in ((q, "queries", rows), (k, "keys", keys)):
+        there = cut.length(runtime.rank) if runtime.rank < cut.world else 0
+        if cut.world != runtime.world or there != x.shape[1]:
+            raise ValueError(
+                f"rank {runtime.rank} of {runtime.world} got {x.shape[1]} {what}; their layout has {cut.world} ranks and gives it "
+                f"{there}: give the Layout that cut the sequence, and kv_layout= where keys are cut differently"
+            )
+    before = keys.total - rows.total
+    if before < 0 or (kv_layout is not None and rows.offset - keys.offset not in (0, before)):
         raise ValueError(
-            f"got {', '.join(told)}= and group=; over ranks columns are found by the call, for as many queries as keys"
+            f"layout has positions {rows.offset} to {rows.offset + rows.total}, kv_layout {keys.offset} to "
+            f"{keys.offset + keys.total}; queries are the last rows of the keys' sequence, so both must end at one position "
+            "(or give a layout with offset 0)"
         )
-    check(q, k, v, scale)
-    if q.shape[1] != k.shape[1]:
-        raise ValueError(
-            f"rank {runtime.rank} of {runtime.world} got {q.shape[1]} queries and {k.shape[1]} keys; over ranks queries and keys "
-            "are rows of one layout, so give as many of both (for a cached prefix use tokenring.attention)"
-        )
-
-
-def _check_layout(runtime: Transport, cut: Layout, q: Tensor) -> None:
-    there = cut.length(runtime.rank) if runtime.rank < cut.world else 0
-    if cut.world != runtime.world or there != q.shape[1]:
-        raise ValueError(
-            f"rank {runtime.rank} of {runtime.world} got {q.shape[1]} rows; its layout has {cut.world} ranks and gives it {there} "
-            "rows: give the Layout that cut the sequence"
-        )
+    return rows.at(0), keys.at(0)
 
 
 def _choose_path(stats: RankStats, config: AnchorConfig, geometry: Geometry, q: Tensor, v: Tensor) -> None:
@@ -163,11 +158,12 @@ def _choose_path(stats: RankStats, config: AnchorConfig, geometry: Geometry, q: 
 
 def _dense(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """tokenring's own attention, whose schedule chooses itself."""
-    cuts = [0, *(stop for _, (_, stop) in call.cut.geometry.documents)]
-    mask = Mask.causal() if len(cuts) < 3 else Mask.documents(cuts)
-    layout, (batch, _, heads, dim) = call.cut.layout, q.shape
-    shape = AttentionShape(batch, layout.total, layout.total, heads, k.shape[2], dim, v.shape[3], q.dtype)
-    chosen = plan(world=layout.world, shape=shape, layout=layout, mask=mask)
+    cut, (batch, _, heads, dim) = call.cut, q.shape
+    queries, keys = ([0, *(stop[1] for stop in side)] for side in zip(*cut.geometry.documents))
+    mask = Mask.causal() if len(queries) < 3 else Mask.documents(queries, keys)
+    shape = AttentionShape(batch, queries[-1], keys[-1], heads, k.shape[2], dim, v.shape[3], q.dtype)
+    same = None if cut.layout == cut.kv_layout else cut.kv_layout
+    chosen = plan(world=cut.world, shape=shape, layout=cut.layout, kv_layout=same, mask=mask)
     with call.stats.timed("dense"):
         found = attention(
             q,
@@ -182,20 +178,3 @@ def _dense(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
     call.stats.plans.append(chosen)
     call.stats.bytes_sent += chosen.bytes_sent(call.rank)
     return found
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call, made: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = made[0].to(q.dtype), made[1]
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.call = call
-        ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return *backward(ctx.call, *ctx.saved_tensors, do), None, None

@@ -1,29 +1,32 @@
 """One rank's part of a call: anchor regions, who wants which rows, the rows, the sparse pass; and the way back.
 
     1  halo        keys and values of other shards that anchor regions need           then phase 1, as on one device
-    2  summaries   of this rank's queries go to the owners of their candidates        each owner decides alone
+    2  summaries   of this rank's queries go to the owners of their candidates        while they travel: this rank's own groups
+                                                                                      against its own keys
     3  lines       which rows an owner will send, and for which groups and heads
-    4  rows        their keys and values, once for all groups and heads of a key head
-    5              phase 3 over a workspace [own rows, halo, rows of others head by head]
+    4  rows        their keys and values, once for all groups and heads of a key head while they travel: phase 3 over the
+    5              phase 3 over what came                                             columns that this rank holds
 
-Backward: dk and dv of the workspace's rows go home the way they came.
+Backward: dk and dv of the rows that came go home the way they came, while this rank computes those of the rows it holds.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparse_attn.anchor import fine_grained_sparse, pattern_based_anchor
+from sparse_attn.anchor import Kernel, fine_grained_sparse, pattern_based_anchor
 from sparse_attn.config import AnchorConfig
 from sparse_attn.distributed.cut import Cut, rows_of
 from sparse_attn.distributed.exchange import Wire, halo_plan
+from sparse_attn.distributed.lists import Lines
 from sparse_attn.distributed.local import local_geometry, local_plan, position_geometry, positions_of
-from sparse_attn.distributed.owner import decide, told
+from sparse_attn.distributed.owner import Owner
 from sparse_attn.distributed.sample import Sample
-from sparse_attn.distributed.stages import Rows, Settled, one_stage, two_stages
+from sparse_attn.distributed.stages import Pair, Rows, Settled, one_stage, two_stages
 from sparse_attn.distributed.stats import RankStats
 from sparse_attn.distributed.summaries import Boxes, Means, Nothing, Summary
 from sparse_attn.geometry import Geometry
@@ -33,6 +36,18 @@ from sparse_attn.stripes import StripePlan
 from tokenring import AttentionShape
 from tokenring.agreement import agree
 from tokenring.transport import Transport
+
+
+class Made(NamedTuple):
+    """What backward needs of forward."""
+
+    settled: Settled
+    near: Pair
+    """Keys and values that this rank holds (B, own rows and halo and rows to keep, Hkv, D or Dv)."""
+    far: Pair
+    """Those that were sent for stripes."""
+    near_plan: StripePlan
+    far_plan: StripePlan
 
 
 @dataclass
@@ -51,8 +66,8 @@ class Call:
     """Whether statistics of all ranks are wanted."""
     number: int = 0
     """Of this call on its group."""
-    settled: Settled | None = None
-    plan: StripePlan | None = None
+    made: Made | None = None
+    """What forward leaves for backward."""
 
     @property
     def rank(self) -> int:
@@ -60,43 +75,70 @@ class Call:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
         """out in the accumulator's dtype and lse, of this rank's rows; None where a sample prefers plain attention. Collective."""
-        wire, kernel = Wire(self.runtime), executor(self.kernel, q, v, self.scale)
-        geometry, heads = local_geometry(self.cut, self.rank), (q.shape[0], q.shape[2], k.shape[2])
-        first = self.cut.layout.length(self.rank) + self.cut.halo_rows(self.rank)
-        keep = torch.arange(first, geometry.keys, device=k.device) if geometry.keys > first else None
         with self.runtime.shared_fate(), torch.autocast(q.device.type, enabled=False):
-            near = self._near(wire, k, v, heads[1])
+            wire, kernel = Wire(self.runtime), executor(self.kernel, q, v, self.scale)
+            geometry, shape = local_geometry(self.cut, self.rank), (q.shape[0], q.shape[2], k.shape[2])
+            first = self.cut.base(self.rank)
+            keep = torch.arange(first, geometry.keys, device=k.device) if geometry.keys > first else None
+            near = self._near(wire, k, v, shape[1])
             with self.stats.timed("anchor"):
                 out, lse = pattern_based_anchor(kernel, q, *near, geometry, keep)
             with self.stats.timed("identify"):
                 summary = self._summary(q, k, near[0], lse, geometry, keep)
-                flats = told(self.cut, wire, summary, k.device)
-                lines = decide(self.cut, self.rank, summary, flats, k, heads[1] // heads[2])
-            self.settled = made = self._settled(wire, lines, q, k, v, lse, near)
+                lines = Owner(self.cut, wire, summary, k, shape[1] // shape[2]).decide()
+                settled = self._settled(wire, lines, q, k, v, lse, near[0])
             self.stats.plans, self.stats.bytes_sent = wire.plans, wire.bytes_sent
-            if made is None:
+            if settled is None:
                 return None
-            with self.stats.timed("stripes"):
-                share, columns = self.config.share, made.wanted.columns
-                self.plan = local_plan(geometry, self.cut, self.rank, made.wanted, columns, share, heads, keep)
-                out, lse = fine_grained_sparse(kernel, out, lse, q, made.keys, made.values, self.plan)
+            self._stripes_(kernel, out, lse, q, near, settled, geometry, keep)
             self._report(wire, q, k, v)
         return out, lse
 
-    def _near(self, wire: Wire, k: Tensor, v: Tensor, q_heads: int) -> tuple[Tensor, ...]:
-        """Keys and values of the workspace as far as anchor regions read it; all ranks have agreed on the call by then."""
-        total, (batch, _, kv_heads, dim) = self.cut.layout.total, k.shape
-        halo = halo_plan(self.cut, AttentionShape(batch, total, total, q_heads, kv_heads, dim, v.shape[3], k.dtype))
+    def _stripes_(
+        self,
+        kernel: Kernel,
+        out: Tensor,
+        lse: Tensor,
+        q: Tensor,
+        near: Pair,
+        settled: Settled,
+        geometry: Geometry,
+        keep: Tensor | None,
+    ) -> None:
+        """Columns that this rank holds join (out, lse) while the others are under way; then those."""
+        wanted, shape = settled.wanted, (q.shape[0], q.shape[2], near[0].shape[2])
+        with self.stats.timed("stripes"):
+            near_plan, far_plan = (
+                local_plan(geometry, self.cut, self.rank, wanted.some(which), self.config.share, shape, kept)
+                for which, kept in ((~wanted.far, keep), (wanted.far, None))
+            )
+            fine_grained_sparse(kernel, out, lse, q, *near, near_plan)
+        with self.stats.timed("exchange"):
+            far = settled.far(shape[0], shape[2])
+        with self.stats.timed("stripes"):
+            if len(far_plan.indices):
+                fine_grained_sparse(kernel, out, lse, q, *far, far_plan)
+        self.made = Made(settled, near, far, near_plan, far_plan)
+
+    def _near(self, wire: Wire, k: Tensor, v: Tensor, q_heads: int) -> Pair:
+        """Keys and values that this rank will hold: its own, its halo's, and those to keep once more, side by side. All ranks
+        have agreed on the call by then."""
+        cut, (batch, _, kv_heads, dim) = self.cut, k.shape
+        lengths = cut.layout.total, cut.kv_layout.total
+        halo = halo_plan(cut, AttentionShape(batch, *lengths, q_heads, kv_heads, dim, v.shape[3], k.dtype))
         self.number = agree(self.runtime, halo, self.options)
         with self.stats.timed("exchange"):
-            near = tuple(torch.cat(pair, 1) for pair in zip((k, v), wire.run(halo, (k, v))))
+            arrived = wire.begin(halo, (k, v), packed=False).land()
+        keys, values = (torch.cat(pair, 1) for pair in zip((k, v), arrived))
         kept = self.kept_rows.to(k.device)
-        return tuple(torch.cat([x, x.index_select(1, kept)], 1) for x in near) if len(kept) else near
+        if len(kept):
+            keys, values = (torch.cat([x, x.index_select(1, kept)], 1) for x in (keys, values))
+        return keys, values
 
     def _settled(
-        self, wire: Wire, lines: list[Tensor], q: Tensor, k: Tensor, v: Tensor, lse: Tensor, near: tuple[Tensor, ...]
+        self, wire: Wire, lines: list[Tensor], q: Tensor, k: Tensor, v: Tensor, lse: Tensor, near: Tensor
     ) -> Settled | None:
-        """Every wanted row where it is wanted; None where the sample prefers plain attention."""
+        """Every wanted row under way; None where the sample prefers plain attention."""
         shape, dim = (q.shape[0], q.shape[2], k.shape[2]), (q.shape[3] + v.shape[3]) // 2
         sample = Sample(self.cut, self.config, shape, dim)
 
@@ -107,11 +149,9 @@ class Call:
             self.stats.path = "dense" if dense else "sparse"
             return dense
 
-        with self.stats.timed("exchange"):
-            if self.config.identify in ("pooled", "lse"):
-                return one_stage(self.cut, wire, lines, k, v, near, stop)
-            rows = Rows(q, lse, self.config, self.scale)
-            return two_stages(self.cut, wire, lines, rows, k, v, near, stop)
+        if self.config.identify in ("pooled", "lse"):
+            return one_stage(self.cut, wire, lines, k, v, stop)
+        return two_stages(self.cut, wire, lines, Rows(q, lse, self.config, self.scale), k, v, near, stop)
 
     @property
     def kept_rows(self) -> Tensor:
@@ -121,29 +161,22 @@ class Call:
 
     def _report(self, wire: Wire, q: Tensor, k: Tensor, v: Tensor) -> None:
         """What this rank did, and where statistics were asked for what all ranks did together."""
-        stats, cut, rank, made = self.stats, self.cut, self.rank, self.settled
-        (batch, own, q_heads, _), kv_heads, total = q.shape, k.shape[2], cut.layout.total
+        stats, cut, rank, wanted = self.stats, self.cut, self.rank, self.made.settled.wanted
+        (batch, own, kv_heads, _), q_heads = k.shape, q.shape[2]
         stats.ring_bytes = own * batch * kv_heads * (k.shape[3] + v.shape[3]) * k.element_size() * (cut.world - 1)
         if not self.reports:
             return
         keep = torch.tensor(cut.keep, dtype=torch.int64, device=k.device) if cut.keep else None
-        stats.plan = local_plan(
-            position_geometry(cut, rank),
-            cut,
-            rank,
-            made.wanted,
-            positions_of(cut, made.wanted),
-            self.config.share,
-            (batch, q_heads, kv_heads),
-            keep,
-        )
+        lines = Lines(wanted.heads, positions_of(cut, wanted), wanted.words)
+        geometry, shape = position_geometry(cut, rank), (batch, q_heads, kv_heads)
+        stats.plan = local_plan(geometry, cut, rank, lines, self.config.share, shape, keep)
         columns = stats.plan.counts.double().sum((1, 2)) * (q_heads / stats.plan.heads)
         rows = torch.tensor([part.count for part in cut.parts[rank]], dtype=torch.float64)
         whole = torch.tensor([cut.group(part).count for part in cut.parts[rank]], dtype=torch.float64)
         pairs = cut.anchor_pairs(rank) * batch * q_heads + float((columns * rows).sum())
         heads = batch * kv_heads
-        wanted = cut.halo_rows(rank) * heads + int(made.wanted.far.sum())
-        mine = [pairs, float((columns * rows / whole).sum()), wanted, (total - own) * heads]
+        others = cut.halo_rows(rank) * heads + int(wanted.far.sum())
+        mine = [pairs, float((columns * rows / whole).sum()), others, (cut.kv_layout.total - own) * heads]
         each = wire.agreed(mine, k.device, torch.float64)
         stats.of_ranks(each, batch * q_heads, cut.geometry)
 

@@ -4,14 +4,16 @@
     ranks        |  rank 0    | rank 1       | rank 0    |      any layout of runs, cut inside groups or between them
     parts        |  0:0  |0:1 | 1:1 |  1:2   |0:2| 0:3   |      rank:group
 
-A *part* is a run of neighbouring rows of one rank inside one group. Its anchor region is the initial block, the window before
-the group and the group's keys up to the diagonal; what of it lies on other ranks is the rank's *halo*. All of this follows
-from geometry and layout, so every rank knows it of every other and nothing has to be said.
+A *part* is a run of neighbouring rows of one rank inside one group, whose own keys lie side by side on one rank, which is
+another one only where keys are cut differently (rows on top of a spread cache). Its anchor region is the initial block, the
+window before the group and the group's keys up to the diagonal; what of it lies on other ranks is the rank's *halo*. All of
+this follows from geometry and layouts, so every rank knows it of every other and nothing has to be said.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -33,7 +35,9 @@ class Part:
     rows: Range
     """Local rows."""
     start: int
-    """The position of the first one."""
+    """The first one's number among the queries of the whole sequence."""
+    key: int
+    """The position of the first one's own key."""
 
     @property
     def count(self) -> int:
@@ -42,18 +46,25 @@ class Part:
 
 @dataclass(frozen=True)
 class Cut:
-    """A geometry over a layout of runs of neighbours; hashable."""
+    """A geometry over layouts of runs of neighbours; hashable."""
 
     geometry: Geometry
     layout: Layout
-    """Its positions are the sequence's rows, from 0."""
+    """Of the queries, numbered from 0."""
+    kv_layout: Layout
+    """Of the keys and values, their positions from 0."""
     keep: tuple[int, ...] = ()
     """Ascending positions that belong to every later group's anchor region."""
 
     def __post_init__(self) -> None:
-        if any(run.stride != 1 and run.count > 1 for rank in self.layout.runs for run in rank):
+        for layout in (self.layout, self.kv_layout):
+            self._check(layout)
+
+    @staticmethod
+    def _check(layout: Layout) -> None:
+        if any(run.stride != 1 and run.count > 1 for rank in layout.runs for run in rank):
             raise ValueError(
-                f"layout {self.layout.name} deals positions out one by one; groups share columns and want neighbouring rows: "
+                f"layout {layout.name} deals positions out one by one; groups share columns and want neighbouring rows: "
                 "give a zigzag, contiguous or group layout (sparse_attn.distributed.group_layout), or Layout.striped(block=...)"
             )
 
@@ -72,9 +83,11 @@ class Cut:
             at, stop = run.start, run.start + run.count
             while at < stop:
                 number = bisect_right(firsts, at) - 1
-                last = min(stop, groups[number].rows[1])
-                yield Part(number, (row, row + last - at), at)
-                row, at = row + last - at, last
+                group = groups[number]
+                key = group.diagonal + at - group.rows[0]
+                own = next(self.pieces((key, key + min(stop, group.rows[1]) - at)))
+                yield Part(number, (row, row + own.rows), at, key)
+                row, at = row + own.rows, at + own.rows
 
     @cached_property
     def _first_rows(self) -> list[int]:
@@ -102,18 +115,28 @@ class Cut:
         """The groups with candidates that several ranks hold rows of."""
         return tuple(sorted(number for number, ranks in self.holders.items() if len(ranks) > 1))
 
+    @cached_property
+    def shared(self) -> frozenset[int]:
+        """The groups that have several parts, on one rank or on several."""
+        counts = Counter(part.group for parts in self.parts for part in parts)
+        return frozenset(number for number, count in counts.items() if count > 1)
+
+    def base(self, rank: int) -> int:
+        """Rows of the workspace [own rows, halo] of a rank."""
+        return self.kv_layout.length(rank) + self.halo_rows(rank)
+
     def group(self, part: Part) -> Group:
         return self.geometry.groups[part.group]
 
-    # -- rows of ranks by position -------------------------------------------------------------------------------------
+    # -- rows of keys by position --------------------------------------------------------------------------------------
 
     @cached_property
     def _held(self) -> list[list[tuple[int, int, int]]]:
-        """Of each rank (first position, past the last, local row), ascending."""
+        """Of each rank (first position, past the last, local row of its keys), ascending."""
         found = []
         for rank in range(self.world):
             row, runs = 0, []
-            for run in self.layout.segments(rank):
+            for run in self.kv_layout.segments(rank):
                 runs.append((run.start, run.start + run.count, row))
                 row += run.count
             found.append(sorted(runs))
@@ -125,7 +148,7 @@ class Cut:
         return sorted((a, b, rank, row) for rank, runs in enumerate(self._held) for a, b, row in runs)
 
     def pieces(self, span: Range) -> Iterator[Piece]:
-        """The rows of all ranks that hold the positions of a span, in order of position."""
+        """The rows of keys of all ranks that hold the positions of a span, in order of position."""
         owners = self._owners
         for index in range(max(0, bisect_right(owners, (span[0], 1 << 62)) - 1), len(owners)):
             a, b, rank, row = owners[index]
@@ -136,7 +159,7 @@ class Cut:
                 yield Piece(rank, row + first - a, row + last - a)
 
     def owned(self, rank: int, span: Range) -> list[Range]:
-        """The local rows of one rank that hold positions of a span, neighbours joined, in order of position."""
+        """The local rows of keys of one rank that hold positions of a span, neighbours joined, in order of position."""
         found: list[Range] = []
         for a, b, row in self._held[rank]:
             first, last = max(a, span[0]), min(b, span[1])
@@ -162,7 +185,12 @@ class Cut:
         """Positions that every row of a part sees beside its own and those to keep: initial block, window, and the group's
         keys before the part."""
         group = self.group(part)
-        return union([*group.prefix, (group.rows[0], part.start)])
+        return union([*group.prefix, (group.diagonal, part.key)])
+
+    def diagonal(self, rank: int, part: Part) -> int:
+        """The row of the workspace [own rows, halo] that holds the own key of a part's first row; the others follow it."""
+        ((row, _),) = self.prefixes(rank, [(part.key, part.key + part.count)])
+        return row
 
     def kept(self, rank: int) -> tuple[int, ...]:
         """The positions of `keep` that precede the window of some group of a rank."""
@@ -176,7 +204,8 @@ class Cut:
 
     def _halo(self, rank: int) -> tuple[Piece, ...]:
         regions = [span for part in self.parts[rank] for span in self.region(part)]
-        spans = union([*regions, *((row, row + 1) for row in self.kept(rank))])
+        own = [(part.key, part.key + part.count) for part in self.parts[rank]]
+        spans = union([*regions, *own, *((row, row + 1) for row in self.kept(rank))])
         return tuple(piece for span in spans for piece in self.pieces(span) if piece.owner != rank)
 
     def prefixes(self, rank: int, spans: Iterable[Range]) -> tuple[Range, ...]:
@@ -202,7 +231,7 @@ class Cut:
         """For each rank and owner: (row of the workspace, piece)."""
         found: list[dict[int, list[tuple[int, Piece]]]] = []
         for rank, halo in enumerate(self.halos):
-            row, here = self.layout.length(rank), {}
+            row, here = self.kv_layout.length(rank), {}
             for piece in halo:
                 here.setdefault(piece.owner, []).append((row, piece))
                 row += piece.rows
@@ -212,8 +241,8 @@ class Cut:
     def near(self, rank: int, owner: int) -> Tensor:
         """int64 (rows of the owner): where a rank's [own rows, halo] has them; -1 for those it has not."""
         if rank == owner:
-            return torch.arange(self.layout.length(rank))
-        found = torch.full((self.layout.length(owner),), -1, dtype=torch.int64)
+            return torch.arange(self.kv_layout.length(rank))
+        found = torch.full((self.kv_layout.length(owner),), -1, dtype=torch.int64)
         for row, piece in self._halo_rows[rank].get(owner, ()):
             found[piece.start : piece.stop] = torch.arange(row, row + piece.rows)
         return found
@@ -239,9 +268,9 @@ class Cut:
 
 
 @lru_cache(maxsize=64)
-def cut_of(geometry: Geometry, layout: Layout, keep: tuple[int, ...]) -> Cut:
+def cut_of(geometry: Geometry, layout: Layout, kv_layout: Layout, keep: tuple[int, ...]) -> Cut:
     """`Cut`, made once for calls that are alike, such as those of a model's layers."""
-    return Cut(geometry, layout, keep)
+    return Cut(geometry, layout, kv_layout, keep)
 
 
 def rows_of(ranges: Iterable[Range], device: torch.device | None = None) -> Tensor:

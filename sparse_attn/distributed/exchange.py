@@ -20,7 +20,7 @@ from sparse_attn.distributed.cut import Cut
 from tokenring import AttentionShape, Layout, Mask, Plan, executor
 from tokenring.problem import Problem
 from tokenring.segments import Range, Segment, Tile
-from tokenring.step import Piece, Slot, Step, Transfer
+from tokenring.step import PAYLOAD_LANE, Piece, Slot, Step, Transfer
 from tokenring.transport import Transport
 from tokenring.work import Part, Tensors, Work
 
@@ -50,13 +50,14 @@ class RowSteps:
 
     counts: Counts
     what: str
+    lane: int = PAYLOAD_LANE
 
     def __call__(self, problem: Problem, rank: int) -> tuple[Step, ...]:
         ranks = range(problem.world)
         sends = [_transfer(self.what, rank, d, (self._piece(rank, d),)) for d in ranks]
         arriving = tuple(self._piece(s, rank) for s in ranks if self.counts[s][rank])
         receives = [_transfer(self.what, piece.owner, rank, (piece,)) for piece in arriving]
-        return (_step(self.what, sends, receives, arriving),)
+        return (_step(self.what, sends, receives, arriving, self.lane),)
 
     def _piece(self, source: int, destination: int) -> Piece:
         first = sum(self.counts[source][:destination])
@@ -71,15 +72,17 @@ def _transfer(what: str, source: int, destination: int, pieces: tuple[Piece, ...
     return Transfer(source, destination, what, pieces, what, f"{what}:arrived")
 
 
-def _step(what: str, sends: list[Transfer], receives: list[Transfer], arriving: tuple[Piece, ...]) -> Step:
-    moving = (tuple(t for t in side if t.rows) for side in (sends, receives))
-    out, into = moving
-    return Step((out,), (into,), (Slot(f"{what}:arrived", what, arriving),) if arriving else ())
+def _step(
+    what: str, sends: list[Transfer], receives: list[Transfer], arriving: tuple[Piece, ...], lane: int = PAYLOAD_LANE
+) -> Step:
+    before: tuple[tuple[Transfer, ...], ...] = ((),) * lane
+    out, into = (tuple(t for t in side if t.rows) for side in (sends, receives))
+    return Step((*before, out), (*before, into), (Slot(f"{what}:arrived", what, arriving),) if arriving else ())
 
 
 def halo_plan(cut: Cut, shape: AttentionShape) -> Plan:
     """Keys and values that anchor regions need, in the rows and heads of the shards themselves."""
-    problem = Problem(cut.world, cut.layout, cut.layout, NOTHING, "forward", shape.q_heads, shape.kv_heads)
+    problem = Problem(cut.world, cut.layout, cut.kv_layout, NOTHING, "forward", shape.q_heads, shape.kv_heads)
     return Plan("anchor:halo", problem, shape, HaloSteps(cut), "neighbours' rows of the anchor regions")
 
 
@@ -91,12 +94,13 @@ def row_plan(
     v_dim: int | None = None,
     *,
     direction: str = "forward",
+    lane: int = PAYLOAD_LANE,
 ) -> Plan:
     """counts[s][d] packed rows of `dim` numbers, and of `v_dim` beside them where given."""
     layout = packed(tuple(map(sum, counts)))
     problem = Problem(len(counts), layout, layout, NOTHING, direction)
     shape = AttentionShape(1, layout.total, layout.total, 1, 1, dim, v_dim, dtype)
-    return Plan(f"anchor:{name}", problem, shape, RowSteps(counts, "q" if v_dim is None else "kv"))
+    return Plan(f"anchor:{name}", problem, shape, RowSteps(counts, "q" if v_dim is None else "kv", lane))
 
 
 def packed(rows: Sequence[int]) -> Layout:
@@ -141,8 +145,20 @@ class _Rows(Work):
         raise AssertionError("an exchange merges nothing")
 
 
+class Flight:
+    """An exchange under way: what leaves has been handed over, and what arrives is asked for later."""
+
+    def __init__(self, running: executor.Running, packed: bool) -> None:
+        self.running, self.packed = running, packed
+
+    def land(self) -> Tensors:
+        """What has arrived; waits for it."""
+        found = self.running.finish()
+        return tuple(t[0, :, 0] for t in found) if self.packed else found
+
+
 class Wire:
-    """One call's exchanges over a transport: `plans` are those that ran, in order."""
+    """One call's exchanges over a transport: `plans` are those that ran, in the order they began."""
 
     def __init__(self, runtime: Transport) -> None:
         self.runtime, self.plans = runtime, []
@@ -152,17 +168,20 @@ class Wire:
         """Payload bytes that left this rank."""
         return sum(plan.bytes_sent(self.runtime.rank) for plan in self.plans)
 
-    def run(self, plan: Plan, tensors: Tensors) -> Tensors:
-        """What arrives under a plan."""
+    def begin(self, plan: Plan, tensors: Tensors, packed: bool = True) -> Flight:
+        """Send what a plan says; what is computed before `land` hides what it takes."""
         self.plans.append(plan)
+        if packed:
+            tensors = tuple(t[None, :, None] for t in tensors)
         kind = "q" if len(tensors) == 1 else "kv"
-        return executor.run(plan, self.runtime, _Rows(kind, tensors))
+        return Flight(executor.begin(plan, self.runtime, _Rows(kind, tensors)), packed)
 
-    def rows(self, name: str, counts: Counts, *tensors: Tensor, direction: str = "forward") -> Tensors:
-        """Each (rows, numbers) tensor's rows from all other ranks, in the order of sources."""
+    def rows(
+        self, name: str, counts: Counts, *tensors: Tensor, direction: str = "forward", lane: int = PAYLOAD_LANE
+    ) -> Flight:
+        """Each (rows, numbers) tensor's rows come from all other ranks, in the order of sources."""
         dims = [t.shape[1] for t in tensors]
-        plan = row_plan(name, counts, tensors[0].dtype, *dims, direction=direction)
-        return tuple(t[0, :, 0] for t in self.run(plan, tuple(t[None, :, None] for t in tensors)))
+        return self.begin(row_plan(name, counts, tensors[0].dtype, *dims, direction=direction, lane=lane), tensors)
 
     def agreed(self, mine: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Counts:
         """Every rank's numbers, rank by rank. Counted as control, not payload."""

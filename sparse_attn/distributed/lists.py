@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,16 +33,40 @@ def lines_of(words: Tensor) -> Tensor:
     return torch.cat([where[:, None], words[heads, rows]], 1)
 
 
+class Lines(NamedTuple):
+    """Some lines as columns of numbers."""
+
+    heads: Tensor
+    """int64 (lines): batch entry * key heads + key head."""
+    columns: Tensor
+    """int64 (lines): what a plan calls their rows."""
+    words: Tensor
+    """int32 (lines, W)."""
+
+    def bits(self, count: int, heads: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each of `heads` batch entries * key heads: numbers of its lines by ascending column, and bool (count, lines)."""
+        span = int(self.columns.max()) + 1 if len(self.columns) else 1
+        order = (self.heads * span + self.columns).argsort()
+        shifts = torch.arange(BITS, dtype=torch.int32, device=order.device)
+        cuts = torch.searchsorted(self.heads[order], torch.arange(heads + 1, device=order.device)).tolist()
+        for first, last in itertools.pairwise(cuts):
+            lines = order[first:last]
+            unpacked = (self.words[lines].unsqueeze(2) >> shifts) & 1
+            yield lines, unpacked.flatten(1)[:, :count].bool().T
+
+
 @dataclass(frozen=True, eq=False)
 class Wanted:
-    """The lines that one rank has of every owner, its own included, owners in order."""
+    """The lines that one rank has of every owner, its own included, owners in order.
+
+    Rows that it holds already, its own and its halo's, are *near*; the others are sent and lie head by head, those of a head
+    in the order of its lines: *far*.
+    """
 
     lines: Sequence[Tensor]
     """Of each owner: int32 (lines, 1 + W)."""
     near: Sequence[Tensor]
-    """Of each owner: int64 (its rows), where the workspace has them already, or -1."""
-    base: int
-    """The row of the workspace where the others begin; those of a head lie in the order of its lines."""
+    """Of each owner: int64 (its rows), where the rank holds them already, or -1."""
 
     @cached_property
     def counts(self) -> list[int]:
@@ -65,51 +90,33 @@ class Wanted:
         return torch.cat([lines[:, 0].long() % max(1, length) for lines, length in pairs])
 
     @cached_property
-    def held(self) -> Tensor:
-        """int64 (lines): row of the workspace that holds the line's row already, or -1."""
-        return torch.cat([near[rows] for near, rows in zip(self.near, self.rows.split(self.counts))])
-
-    @cached_property
-    def far(self) -> Tensor:
-        """bool (lines): the row has to be sent."""
-        return self.held < 0
-
-    @cached_property
     def columns(self) -> Tensor:
-        """int64 (lines): row of the workspace."""
-        heads = self.heads[self.far]
+        """int64 (lines): row of [own rows, halo] for near lines, place among those of its head for far ones."""
+        columns = torch.cat([near[rows] for near, rows in zip(self.near, self.rows.split(self.counts))])
+        heads = self.heads[columns < 0]
         order = heads.argsort(stable=True)
         sizes = heads.bincount() if len(heads) else heads
         place = torch.empty_like(heads)
         place[order] = torch.arange(len(heads), device=heads.device) - (sizes.cumsum(0) - sizes)[heads[order]]
-        columns = self.held.clone()
-        columns[self.far] = self.base + place
+        columns[columns < 0] = place
         return columns
 
-    @property
-    def workspace_rows(self) -> int:
-        """What was there before, and as many more as the head with most rows of others has."""
-        heads = self.heads[self.far]
-        return self.base + (int(heads.bincount().max()) if len(heads) else 0)
+    @cached_property
+    def far(self) -> Tensor:
+        """bool (lines): the row has to be sent."""
+        return torch.cat([near[rows] < 0 for near, rows in zip(self.near, self.rows.split(self.counts))])
 
-    def placed(self, near: Tensor, arrived: Tensor) -> Tensor:
-        """(B, workspace rows, Hkv, D): what was there before, then what arrived (far lines, D), head by head."""
-        more = near.new_zeros(near.shape[0], self.workspace_rows - near.shape[1], *near.shape[2:])
-        whole = torch.cat([near, more], 1)
-        heads, key_heads = self.heads[self.far], near.shape[2]
-        whole[heads // key_heads, self.columns[self.far], heads % key_heads] = arrived
+    def some(self, which: Tensor) -> Lines:
+        """The lines that a bool (lines) names, under the columns of their kind."""
+        return Lines(self.heads[which], self.columns[which], self.words[which])
+
+    def placed(self, arrived: Tensor, batch: int, key_heads: int) -> Tensor:
+        """(B, most far rows of a head, Hkv, D) of what arrived (far lines, D)."""
+        heads, columns = self.heads[self.far], self.columns[self.far]
+        rows = int(columns.max()) + 1 if len(columns) else 0
+        whole = arrived.new_zeros(batch, rows, key_heads, arrived.shape[1])
+        whole[heads // key_heads, columns, heads % key_heads] = arrived
         return whole
-
-    def bits(self, count: int, heads: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each of `heads` batch entries * key heads: numbers of its lines by ascending column, and bool (count, lines)."""
-        span = int(self.columns.max()) + 1 if len(self.columns) else 1
-        order = (self.heads * span + self.columns).argsort()
-        shifts = torch.arange(BITS, dtype=torch.int32, device=order.device)
-        cuts = torch.searchsorted(self.heads[order], torch.arange(heads + 1, device=order.device)).tolist()
-        for first, last in itertools.pairwise(cuts):
-            lines = order[first:last]
-            unpacked = (self.words[lines].unsqueeze(2) >> shifts) & 1
-            yield lines, unpacked.flatten(1)[:, :count].bool().T
 
     def only(self, words: Tensor) -> Wanted:
         """The lines with other words; those whose words are all zero are gone."""

@@ -1,6 +1,7 @@
-"""A rank's part of a call in row numbers of its workspace, so that one device's kernels and gradients run it as it is.
+"""A rank's part of a call in row numbers of its own tensors, so that one device's kernels and gradients run it as it is.
 
-workspace    | own rows | halo | rows to keep, copied side by side | rows of others, head by head |
+near    | own rows | halo | rows to keep, copied side by side |       anchor regions, and columns that are held already
+far     | rows of others, head by head |                              columns that were sent
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn.distributed.cut import Cut
-from sparse_attn.distributed.lists import Wanted
+from sparse_attn.distributed.lists import Lines, Wanted
 from sparse_attn.geometry import Geometry, Group
 from sparse_attn.stripes import StripePlan
 
@@ -30,49 +31,47 @@ class LocalGeometry(Geometry):
 
 
 def local_geometry(cut: Cut, rank: int) -> LocalGeometry:
-    """A rank's parts as groups. Their candidates are the rows to keep: the others lie wherever they were sent."""
-    rows, groups = cut.layout.length(rank), []
-    base = rows + cut.halo_rows(rank)
+    """A rank's parts as groups of its near tensors. Their candidates are the rows to keep: the others lie wherever they were
+    sent. Parts count as one document as long as their own keys follow one another as their rows do."""
+    base, g, groups = cut.base(rank), cut.geometry, []
+    whole = (0, cut.layout.length(rank)), (0, base + len(cut.kept(rank)))
+    documents = 0
     for part in cut.parts[rank]:
-        group = cut.group(part)
-        kept = tuple(base + bisect_left(cut.keep, end) for end in group.candidates) if cut.keep else (base, base)
-        groups.append(Group(part.rows, part.rows[0], cut.prefixes(rank, cut.region(part)), kept, 0))
-    g, keys = cut.geometry, base + len(cut.kept(rank))
-    return LocalGeometry((((0, rows), (0, keys)),), g.block, g.step, g.initial, g.window, tuple(groups))
+        diagonal, candidates = cut.diagonal(rank, part), cut.group(part).candidates
+        if groups and diagonal - part.rows[0] != groups[-1].diagonal - groups[-1].rows[0]:
+            documents += 1
+        kept = tuple(base + bisect_left(cut.keep, end) for end in candidates) if cut.keep else (base, base)
+        groups.append(Group(part.rows, diagonal, cut.prefixes(rank, cut.region(part)), kept, documents))
+    return LocalGeometry((whole,) * (documents + 1), g.block, g.step, g.initial, g.window, tuple(groups))
 
 
 def position_geometry(cut: Cut, rank: int) -> LocalGeometry:
     """A rank's parts as groups of local rows whose keys are named by position: what a reader of the plan wants to know."""
-    parts = tuple(Group(p.rows, p.start, cut.region(p), cut.group(p).candidates, 0) for p in cut.parts[rank])
+    parts = tuple(Group(p.rows, p.key, cut.region(p), cut.group(p).candidates, 0) for p in cut.parts[rank])
     g, rows = cut.geometry, cut.layout.length(rank)
-    return LocalGeometry((((0, rows), (0, cut.layout.total)),), g.block, g.step, g.initial, g.window, parts)
+    documents = (((0, rows), (0, cut.kv_layout.total)),)
+    return LocalGeometry(documents, g.block, g.step, g.initial, g.window, parts)
 
 
 def local_plan(
     geometry: Geometry,
     cut: Cut,
     rank: int,
-    wanted: Wanted,
-    values: Tensor,
+    lines: Lines,
     share: str,
     shape: tuple[int, int, int],
-    keep: Tensor | None,
+    keep: Tensor | None = None,
 ) -> StripePlan:
-    """The columns of each part and head, out of the lines that a rank has.
-
-    Args:
-        values: int64 (lines), what a line is called in the plan: its row of the workspace, or its position.
-        shape: batch, query heads, key heads.
-    """
+    """The columns of each part and head, out of some lines that a rank has; `shape`: batch, query heads, key heads."""
     batch, q_heads, kv_heads = shape
     groups, each = cut.groups[rank], q_heads // kv_heads
     lists = 1 if share == "key" else each
     found = []
-    for lines, bits in wanted.bits(len(groups) * each, batch * kv_heads):
+    for numbers, bits in lines.bits(len(groups) * each, batch * kv_heads):
         bits = bits.unflatten(0, (len(groups), each)).any(1) if share == "key" else bits
-        here = values[lines]
-        found.append([here[row.nonzero()[:, 0]].sort().values for row in bits])
-    nothing = values.new_empty(0)
+        here = lines.columns[numbers]
+        found.append([here[row.nonzero()[:, 0]] for row in bits])
+    nothing = lines.columns.new_empty(0)
     place = {number: index for index, number in enumerate(groups)}
     columns = [
         found[head][place[part.group] * lists + query] if part.group in place else nothing
@@ -80,24 +79,24 @@ def local_plan(
         for head in range(batch * kv_heads)
         for query in range(lists)
     ]
-    return StripePlan.of_columns(geometry, shape, share, columns, keep, "asked for").to(values.device)
+    return StripePlan.of_columns(geometry, shape, share, columns, keep, "asked for").to(lines.columns.device)
 
 
-def stacks(cut: Cut, rank: int, wanted: Wanted, shape: tuple[int, int, int]) -> Iterator[tuple[int, int, int, Tensor]]:
+def stacks(cut: Cut, rank: int, lines: Lines, shape: tuple[int, int, int]) -> Iterator[tuple[int, int, int, Tensor]]:
     """(group, batch entry, query head, numbers of the lines that are wanted there) of all lists that have some."""
     batch, q_heads, kv_heads = shape
     each = q_heads // kv_heads
-    for head, (lines, bits) in enumerate(wanted.bits(len(cut.groups[rank]) * each, batch * kv_heads)):
+    for head, (numbers, bits) in enumerate(lines.bits(len(cut.groups[rank]) * each, batch * kv_heads)):
         entry, key_head = divmod(head, kv_heads)
         for bit, row in enumerate(bits):
-            found = lines[row.nonzero()[:, 0]]
+            found = numbers[row.nonzero()[:, 0]]
             if len(found):
                 yield cut.groups[rank][bit // each], entry, key_head * each + bit % each, found
 
 
 def positions_of(cut: Cut, wanted: Wanted) -> Tensor:
     """int64 (lines): the position of each line's row."""
-    held = [cut.layout.positions(owner) for owner in range(cut.world)]
+    held = [cut.kv_layout.positions(owner) for owner in range(cut.world)]
     first = torch.tensor([0, *map(len, held)]).cumsum(0)[:-1]
     owners = torch.repeat_interleave(torch.arange(cut.world), torch.tensor(wanted.counts))
     return torch.cat(held)[first[owners] + wanted.rows.cpu()].to(wanted.rows.device)

@@ -46,7 +46,7 @@ class Sample:
         """
         holder = self.cut.holders[self.number][0]
         line, place = lines[holder], self.cut.groups[holder].index(self.number)
-        each, length = self.q_heads // self.kv_heads, max(1, self.cut.layout.length(rank))
+        each, length = self.q_heads // self.kv_heads, max(1, self.cut.kv_layout.length(rank))
         heads, rows = line[:, 0].long() // length, line[:, 0].long() % length
         here = torch.isin(rows, rows_of(self.cut.owned(rank, self.span), line.device)) & (heads < self.kv_heads)
         bits = (divmod(place * each + head, BITS) for head in range(each))

@@ -1,7 +1,10 @@
-"""From what owners decided to a workspace that holds every wanted row: in one stage, or in two where rows test keys exactly.
+"""From what owners decided to rows that are under way: in one stage, or in two where rows test keys exactly.
 
 pooled, lse       lines, then keys and values
 rescore, every    lines and keys of what passed; each row's verdicts go back; then the values of what is left
+
+Keys and values travel on a lane of their own, so that small messages do not queue behind them, and while they travel this rank
+computes on what it holds.
 """
 
 from __future__ import annotations
@@ -14,27 +17,38 @@ from torch import Tensor
 
 from sparse_attn.config import AnchorConfig
 from sparse_attn.distributed.cut import Cut, Part
-from sparse_attn.distributed.exchange import Counts, Wire, mirrored
+from sparse_attn.distributed.exchange import Counts, Flight, Wire, mirrored
 from sparse_attn.distributed.lists import BITS, Wanted
 from sparse_attn.distributed.local import stacks
 from sparse_attn.distributed.owner import joined
 from sparse_attn.identify.products import column_maximum, test_dtype, with_anchor, with_ones
+from tokenring.step import AHEAD_LANE
 
 Stop = Callable[[list[Tensor], list[Tensor]], bool]
 """From the lines of this rank's rows before and after the last test: whether plain attention is to run. Collective."""
+Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Settled:
-    """What both ends know when all rows are where they are wanted."""
+    """What is known once every line is final: who wants what, and the rows that are on their way here."""
 
     wanted: Wanted
-    keys: Tensor
-    """(B, workspace rows, Hkv, D)."""
-    values: Tensor
     sent: list[Tensor]
     """For each rank the lines of the rows that went there."""
     counts: Counts
+    """Rows of each rank that went to each."""
+    under_way: Flight
+    """Values, or keys and values."""
+    keys: Tensor | None = None
+    """(far lines, D), where they came before the values."""
+
+    def far(self, batch: int, key_heads: int) -> Pair:
+        """Keys and values (B, far rows, Hkv, D or Dv) that were sent here; waits for them."""
+        arrived = self.under_way.land()
+        rows = arrived if self.keys is None else (self.keys, *arrived)
+        keys, values = (self.wanted.placed(x, batch, key_heads) for x in rows)
+        return keys, values
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,40 +66,43 @@ class Rows:
         return with_anchor(self.q[entry, rows, only], self.lse[entry, only, rows], self.scale, dtype)
 
 
-def one_stage(
-    cut: Cut, wire: Wire, lines: list[Tensor], k: Tensor, v: Tensor, near: tuple[Tensor, Tensor], stop: Stop
-) -> Settled | None:
-    """Lines, then keys and values; None where plain attention is to run. Collective.
-
-    near: keys and values of the workspace so far (B, own rows and halo and kept rows, Hkv, D or Dv).
-    """
+def one_stage(cut: Cut, wire: Wire, lines: list[Tensor], k: Tensor, v: Tensor, stop: Stop) -> Settled | None:
+    """Lines, then keys and values set out; None where plain attention is to run. Collective."""
     if stop(lines, lines):
         return None
     sent = sendable(cut, wire.runtime.rank, lines)
-    wanted, _, counts = _exchanged(cut, wire, lines, sent, near[0].shape[1])
-    rows = wire.rows("stripes", counts, _leaving(sent, k), _leaving(sent, v))
-    keys, values = (wanted.placed(x, new) for x, new in zip(near, rows))
-    return Settled(wanted, keys, values, sent, counts)
+    told, counts = _agreed(cut, wire, lines, sent)
+    coming = _told(wire, lines, told)
+    rows = wire.rows("stripes", counts, _leaving(sent, k), _leaving(sent, v), lane=AHEAD_LANE)
+    return Settled(_wanted(cut, wire, lines, told, coming), sent, counts, rows)
 
 
 def two_stages(
-    cut: Cut, wire: Wire, lines: list[Tensor], rows: Rows, k: Tensor, v: Tensor, near: tuple[Tensor, Tensor], stop: Stop
+    cut: Cut, wire: Wire, lines: list[Tensor], rows: Rows, k: Tensor, v: Tensor, near: Tensor, stop: Stop
 ) -> Settled | None:
-    """Lines and keys of what passed, exact tests, verdicts back, values; None where plain attention is to run. Collective."""
+    """Lines and keys of what passed, exact tests, verdicts back, then values set out; None where plain attention is to run.
+    Collective.
+
+    near: (B, rows, Hkv, D), the keys that this rank holds.
+    """
     rank = wire.runtime.rank
     sent = sendable(cut, rank, lines)
-    passed, told, counts = _exchanged(cut, wire, lines, sent, near[0].shape[1])
-    (keys,) = wire.rows("stripes:keys", counts, _leaving(sent, k))
-    words = tested(cut, rank, passed, passed.placed(near[0], keys), rows)
+    told, counts = _agreed(cut, wire, lines, sent)
+    coming = _told(wire, lines, told)
+    arriving = wire.rows("stripes:keys", counts, _leaving(sent, k), lane=AHEAD_LANE)
+    passed = _wanted(cut, wire, lines, told, coming)
+    words = torch.zeros_like(passed.words)
+    words[~passed.far] = tested(cut, rank, passed, ~passed.far, near, rows)
+    (keys,) = arriving.land()
+    words[passed.far] = tested(cut, rank, passed, passed.far, passed.placed(keys, *k.shape[::2]), rows)
     words, decided = _verdicts(cut, wire, lines, passed, words, told, rows.q.shape[2] // k.shape[2])
     if stop(lines, decided):
         return None
-    left, wanted = (words != 0).any(1), passed.only(words)
+    left = (words != 0).any(1)
     sent = sendable(cut, rank, [x[(x[:, 1:] != 0).any(1)] for x in decided])
     counts = wire.agreed(list(map(len, sent)), k.device)
-    (values,) = wire.rows("stripes:values", counts, _leaving(sent, v))
-    keys = keys[left[passed.far]]
-    return Settled(wanted, wanted.placed(near[0], keys), wanted.placed(near[1], values), sent, counts)
+    values = wire.rows("stripes:values", counts, _leaving(sent, v), lane=AHEAD_LANE)
+    return Settled(passed.only(words), sent, counts, values, keys[left[passed.far]])
 
 
 def _verdicts(
@@ -93,13 +110,13 @@ def _verdicts(
 ) -> tuple[Tensor, list[Tensor]]:
     """The final words of the lines that this rank has, and all lines of its own rows with theirs. Collective."""
     rank, mine = wire.runtime.rank, words.split(passed.counts)
-    (back,) = wire.rows("verdicts", mirrored(told), _floats(_joined(_others(mine, rank), words)))
+    (back,) = wire.rows("verdicts", mirrored(told), _floats(_joined(_others(mine, rank), words))).land()
     verdicts = _with(mine[rank], _ints(back).split(_others(told[rank], rank)), rank)
     decided = [torch.cat([line[:, :1], word], 1) for line, word in zip(lines, verdicts)]
     if cut.split:
         decided = joined(cut, decided, each)
         final = _joined([x[:, 1:] for x in _others(decided, rank)], words)
-        (arrived,) = wire.rows("verdicts:joined", told, _floats(final))
+        (arrived,) = wire.rows("verdicts:joined", told, _floats(final)).land()
         words = torch.cat(_with(decided[rank][:, 1:], _ints(arrived).split(_others(passed.counts, rank)), rank))
     return words, decided
 
@@ -113,42 +130,49 @@ def sendable(cut: Cut, rank: int, lines: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
-def tested(cut: Cut, rank: int, passed: Wanted, keys: Tensor, rows: Rows) -> Tensor:
-    """int32 (lines, W): of the bits of what passed, those that some row of this rank wants by itself.
+def tested(cut: Cut, rank: int, passed: Wanted, which: Tensor, keys: Tensor, rows: Rows) -> Tensor:
+    """int32 (lines, W): of the bits of some lines, those that a row of this rank wants by itself.
 
     keep column j  <=>  q_i . k_j * scale - lse_i >= -theta  for some row i of the group on this rank
 
-    keys: (B, workspace rows, Hkv, D), where the lines of `passed` lie.
+    which: bool, near lines or far ones. keys: (B, rows, Hkv, D), where they lie.
     """
-    shape = rows.q.shape[0], rows.q.shape[2], keys.shape[2]
+    lines, shape = passed.some(which), (rows.q.shape[0], rows.q.shape[2], keys.shape[2])
     each, theta = shape[1] // shape[2], rows.lse.new_tensor(rows.config.thetas(shape[1]))
     dtype = test_dtype(rows.q, rows.config.scores)
-    columns, ones = passed.columns, with_ones(keys, dtype)
-    words = torch.zeros_like(passed.words)
+    ones, words = with_ones(keys, dtype), torch.zeros_like(lines.words)
     places = {number: place for place, number in enumerate(cut.groups[rank])}
-    for number, entry, head, lines in stacks(cut, rank, passed, shape):
+    for number, entry, head, found in stacks(cut, rank, lines, shape):
         word, shift = divmod(places[number] * each + head % each, BITS)
-        here = ones[entry, head // each].index_select(0, columns[lines])
+        here = ones[entry, head // each].index_select(0, lines.columns[found])
         for part in cut.parts[rank]:
             if part.group == number:
                 kept = column_maximum(rows.of(part, entry, head, dtype), here)[0] >= -theta[head]
-                words[lines, word] |= kept.to(torch.int32) << shift
+                words[found, word] |= kept.to(torch.int32) << shift
     return words
 
 
-def _exchanged(
-    cut: Cut, wire: Wire, lines: list[Tensor], sent: list[Tensor], base: int
-) -> tuple[Wanted, Counts, Counts]:
-    """The lines that this rank has, how many lines and how many rows go from each rank to each. Collective."""
-    rank, ranks = wire.runtime.rank, range(cut.world)
-    device = lines[rank].device
+def _agreed(cut: Cut, wire: Wire, lines: list[Tensor], sent: list[Tensor]) -> tuple[Counts, Counts]:
+    """How many lines and how many rows go from each rank to each. Collective."""
+    rank = wire.runtime.rank
     mine = [len(x) if d != rank else 0 for d, x in enumerate(lines)]
-    both = wire.agreed([*mine, *map(len, sent)], device)
-    told, rows = tuple(x[: cut.world] for x in both), tuple(x[cut.world :] for x in both)
-    (arrived,) = wire.rows("lines", told, _floats(_joined(_others(lines, rank), lines[rank])))
-    arrived = _ints(arrived).split([told[s][rank] for s in ranks if s != rank])
-    near = [cut.near(rank, owner).to(device) for owner in ranks]
-    return Wanted(_with(lines[rank], arrived, rank), near, base), told, rows
+    both = wire.agreed([*mine, *map(len, sent)], lines[rank].device)
+    return tuple(x[: cut.world] for x in both), tuple(x[cut.world :] for x in both)
+
+
+def _told(wire: Wire, lines: list[Tensor], told: Counts) -> Flight:
+    """Lines set out to the ranks that want their rows."""
+    rank = wire.runtime.rank
+    return wire.rows("lines", told, _floats(_joined(_others(lines, rank), lines[rank])))
+
+
+def _wanted(cut: Cut, wire: Wire, lines: list[Tensor], told: Counts, coming: Flight) -> Wanted:
+    """The lines that this rank has, its own and those that come."""
+    rank, ranks = wire.runtime.rank, range(cut.world)
+    (arrived,) = coming.land()
+    others = _ints(arrived).split([told[s][rank] for s in ranks if s != rank])
+    near = [cut.near(rank, owner).to(arrived.device) for owner in ranks]
+    return Wanted(_with(lines[rank], others, rank), near)
 
 
 def _leaving(sent: Sequence[Tensor], x: Tensor) -> Tensor:

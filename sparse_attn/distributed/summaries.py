@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sparse_attn.config import AnchorConfig
 from sparse_attn.distributed.cut import Cut, Part
+from sparse_attn.geometry import Group
 from sparse_attn.identify.means import mean_margins
 from sparse_attn.identify.products import column_maximum, test_dtype, with_anchor, with_ones
 from sparse_attn.identify.rows import LONG
@@ -49,7 +50,7 @@ class Summary(Protocol):
 def runs(part: Part, origin: int, length: int) -> tuple[int, list[int]]:
     """The first of the runs of `length` rows from `origin` that a part holds rows of, and how many of each.
 
-    >>> runs(Part(group=0, rows=(0, 7), start=13), 8, 4)
+    >>> runs(Part(group=0, rows=(0, 7), start=13, key=13), 8, 4)
     (1, [3, 4])
     """
     first = (part.start - origin) // length
@@ -73,22 +74,28 @@ class Means:
 
     def _width(self, part: Part) -> int:
         """Numbers for one of a mean. Shares of a mean are rounded once more when they add up, so they travel wide."""
-        return self.wide.itemsize // self.dtype.itemsize if part.group in self.cut.split else 1
+        return self.wide.itemsize // self.dtype.itemsize if part.group in self.cut.shared else 1
 
     def _blocks(self, part: Part) -> tuple[int, list[int]]:
-        return runs(part, self.cut.group(part).rows[0], self.cut.geometry.block)
+        group, block = self.cut.group(part), self.cut.geometry.block
+        return runs(part, group.rows[0] - self._lead(group), block)
+
+    def _lead(self, group: Group) -> int:
+        """Rows of a group's first block that earlier chunks had: blocks lie at multiples of their length in a document."""
+        return (group.diagonal - self.cut.geometry.documents[group.document][1][0]) % self.cut.geometry.block
 
     def of_part(self, part: Part) -> Tensor:
         _, counts = self._blocks(part)
         rows = slice(*part.rows)
         means = _mean(self.q[:, rows].transpose(1, 2).to(self.wide), counts) * self.scale
         anchors = _mean(self.anchor[:, :, rows].unsqueeze(3), counts)
-        means = flat(means if part.group in self.cut.split else means.to(self.dtype), self.dtype)
+        means = flat(means if part.group in self.cut.shared else means.to(self.dtype), self.dtype)
         return torch.cat([flat(anchors, self.dtype), means])
 
     def wanted(self, number: int, flats: Flats, rows: Sequence[Range]) -> Tensor:
         group, block = self.cut.geometry.groups[number], self.cut.geometry.block
-        sizes = [min(block, group.count - first) for first in range(0, group.count, block)]
+        cuts = [0, *range(block - self._lead(group), group.count, block), group.count]
+        sizes = [b - a for a, b in pairwise(cuts)]
         means = self.anchor.new_zeros(*self.shape, len(sizes), self.dim)
         anchors = self.anchor.new_zeros(*self.shape, len(sizes))
         for part, numbers in flats:
@@ -96,7 +103,7 @@ class Means:
             here = slice(first, first + len(counts))
             share = anchors.new_tensor([n / whole for n, whole in zip(counts, sizes[here])])
             head = math.prod(self.shape) * len(counts) * self.wide.itemsize // self.dtype.itemsize
-            dtype = self.wide if number in self.cut.split else self.dtype
+            dtype = self.wide if number in self.cut.shared else self.dtype
             anchors[:, :, here] += unflat(numbers[:head], self.wide, (*self.shape, -1)) * share
             means[:, :, here] += unflat(numbers[head:], dtype, (*self.shape, len(counts), -1)) * share[:, None]
         return torch.stack(

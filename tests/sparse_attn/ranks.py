@@ -30,7 +30,7 @@ def cut_at(length: int, world: int, cuts: list[int], owners: list[int]) -> tr.La
 def on_rank(group, layout, given, do, options):
     """One rank's results: out, lse, gradients, statistics, and the bytes that left by count and by plan."""
     rank = tr.connect(group).rank
-    mine = [layout.shard(x, rank).requires_grad_(do is not None) for x in given]
+    mine = [x.requires_grad_(do is not None) for x in shards(layout, given, options, rank)]
     with tr.count_traffic(group) as traffic:
         out, lse, stats = attend(*mine, group=group, layout=layout, return_lse=True, return_stats=True, **options)
         gradients = None
@@ -46,20 +46,28 @@ def on_rank(group, layout, given, do, options):
     return out.detach(), lse, gradients, stats, traffic.sent, planned
 
 
+def shards(layout, given, options, rank):
+    """One rank's rows of q, k and v."""
+    keys = options.get("kv_layout") or layout
+    return [cut.shard(x, rank) for cut, x in zip((layout, keys, keys), given)]
+
+
 def assert_equals_one_device(
     results, layout: tr.Layout, given, do, options, tolerance: float = 1e-12, bytes_too: bool = True
 ) -> None:
     """Rows of the one-device result, its gradients and its columns; counted bytes as planned."""
     whole = [x.clone().requires_grad_(do is not None) for x in given]
-    out, lse, stats = anchor_attention(*whole, return_lse=True, return_stats=True, **options)
+    told = {name: value for name, value in options.items() if name != "kv_layout"}
+    out, lse, stats = anchor_attention(*whole, return_lse=True, return_stats=True, **told)
     if do is not None:
         out.backward(do)
     close = {"atol": tolerance, "rtol": 0}
     for rank, (mine, mine_lse, gradients, mine_stats, sent, planned) in enumerate(results):
         torch.testing.assert_close(mine, layout.shard(out.detach(), rank), **close)
         torch.testing.assert_close(mine_lse, layout.shard(lse.detach(), rank, 2), **close)
-        for grad, x in zip(gradients or (), whole):
-            torch.testing.assert_close(grad, layout.shard(x.grad, rank), atol=10 * tolerance, rtol=0)
+        expected = shards(layout, [x.grad for x in whole], options, rank) if do is not None else ()
+        for grad, own in zip(gradients or (), expected):
+            torch.testing.assert_close(grad, own, atol=10 * tolerance, rtol=0)
         assert sent == planned or not bytes_too
         assert abs(mine_stats.density - stats.density) < 1e-12
         assert abs(mine_stats.stripe_density - stats.stripe_density) < 1e-12
@@ -70,7 +78,9 @@ def assert_equals_one_device(
 def assert_same_columns(mine, whole) -> None:
     """A rank's lists name the positions that one device keeps for the same group."""
     for number, part in enumerate(mine.geometry.groups):
-        group = next(n for n, g in enumerate(whole.geometry.groups) if g.rows[0] <= part.diagonal < g.rows[1])
+        group = next(
+            n for n, g in enumerate(whole.geometry.groups) if g.diagonal <= part.diagonal < g.diagonal + g.count
+        )
         for entry in range(whole.batch):
             for head in range(whole.heads):
                 assert torch.equal(mine.columns(number, entry, head), whole.columns(group, entry, head))

@@ -39,10 +39,11 @@ def test_every_row_that_was_sent_comes_home_once() -> None:
     results = run(4, layout, inputs, upstream(inputs), config=small(identify="pooled"))
     plans = results[0][3].plans
     out = [next(p for p in plans if p.schedule == name) for name in ("anchor:halo", "anchor:stripes")]
-    (home,) = results[0][3].backward_plans
-    for source in range(4):
-        for destination in range(4):
-            assert home.bytes_sent(destination, source) == sum(p.bytes_sent(source, destination) for p in out)
+    home = {p.schedule: p for p in results[0][3].backward_plans}
+    for there, back in zip(out, ("anchor:gradients:halo", "anchor:gradients:stripes")):
+        for source in range(4):
+            for destination in range(4):
+                assert home[back].bytes_sent(destination, source) == there.bytes_sent(source, destination)
 
 
 def test_gradients_of_the_dense_path_are_tokenrings_own() -> None:

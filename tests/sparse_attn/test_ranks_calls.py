@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 import tokenring as tr
 from sparse_attn import anchor_attention
 from sparse_attn.distributed import attend, group_layout
+from sparse_attn.kernels.torch_kernel import TorchKernel
 from tests.pool import Pool
 from tests.sparse_attn.ranks import assert_equals_one_device, on_rank, random, run, small
 from tests.sparse_attn.test_ranks_backward import upstream
+from tokenring.step import AHEAD_LANE
 
 
 @pytest.mark.parametrize(("world", "identify"), [(3, "pooled"), (8, "rescore")])
@@ -39,6 +42,10 @@ def refusal(group, case: str) -> str:
         options["config"] = small(theta=float("inf"))
     elif case == "kernel" and rank == 1:
         options["kernel"] = "none"
+    elif case == "keys" and rank == 1:
+        options["kv_layout"] = tr.Layout.contiguous(30, 3)
+    elif case == "offset":
+        options["layout"], options["kv_layout"] = layout.at(7), layout
     elif case == "striped":
         options["layout"] = tr.Layout.striped(96, 3)
     elif case == "plan":
@@ -58,13 +65,19 @@ def refusal(group, case: str) -> str:
 @pytest.mark.parametrize(
     ("case", "here", "there"),
     [
-        ("rows", "rank 1 of 3 got 31 rows; its layout has 3 ranks and gives it 32", "rank 1 of 3 refused this call"),
-        ("queries", "31 queries and 32 keys", "rank 1 of 3 refused this call"),
+        (
+            "rows",
+            "rank 1 of 3 got 31 queries; their layout has 3 ranks and gives it 32",
+            "rank 1 of 3 refused this call",
+        ),
+        ("queries", "got 31 queries;", "rank 1 of 3 refused this call"),
         ("kernel", "none", "rank 1 of 3 refused this call"),
         ("keep", "keep has rows 200 to 200; k has rows 0 to 95", "rank 1 of 3 refused this call"),
         ("document", "must rise from 0 to the 96 rows", "rank 1 of 3 refused this call"),
         ("theta", "ranks disagree on", "ranks disagree on"),
         ("path", "ranks disagree on", "ranks disagree on"),
+        ("keys", "rank 1 of 3 got 32 keys; their layout has 3 ranks and gives it 10", "rank 1 of 3 refused this call"),
+        ("offset", "both must end at one position", "both must end at one position"),
         ("striped", "deals positions out one by one", "deals positions out one by one"),
         ("plan", "got plan= and group=", "got plan= and group="),
     ],
@@ -95,6 +108,62 @@ def lone_failure(group) -> str:
         attend(q, k, v, group=group, layout=layout, config=small())
     assert time.monotonic() - start < 30
     return str(caught.value)
+
+
+def stalled(group) -> str:
+    """Rank 2 sends its rows too late for the others."""
+    layout, rank = tr.Layout.contiguous(96, 3), group.rank()
+    q, k, v = (layout.shard(x, rank) for x in random(96))
+    runtime = tr.connect(group, timeout_seconds=0.3)
+    if rank == 2:
+        original = runtime.push
+
+        def late(lane, *given, **options):
+            if lane == AHEAD_LANE:
+                time.sleep(1.0)
+            original(lane, *given, **options)
+
+        runtime.push = late
+    with pytest.raises(tr.TransportError) as caught:
+        attend(q, k, v, group=group, layout=tr.Layout.from_runs(layout.runs[::-1]), config=small(theta=1e9))
+    return str(caught.value)
+
+
+def test_a_rank_that_is_late_is_named_with_rank_step_and_peer() -> None:
+    heard = tr.run_local(3, stalled)
+    waiting = next(text for text in heard[:2] if "timed out" in text and "failed before" not in text)
+    assert "step 0: receive from rank 2 timed out after 0.3 s" in waiting and waiting.startswith("rank ")
+
+
+def overlapped(group) -> float:
+    """Rank 0 sends its rows only when the other ranks compute on what they hold."""
+    layout, runtime = tr.Layout.zigzag(192, 3), tr.connect(group, timeout_seconds=20)
+    q, k, v = (layout.shard(x, runtime.rank) for x in random(192))
+    if runtime.rank == 0:
+        original = runtime.push
+
+        def held(lane, *given, **options):
+            assert lane != AHEAD_LANE or all(event.wait(10) for event in COMPUTING.values())
+            original(lane, *given, **options)
+
+        runtime.push = held
+    out = attend(q, k, v, group=group, layout=layout, config=small(theta=1e9, identify="pooled"))
+    return float(out.double().abs().sum())
+
+
+COMPUTING = {1: threading.Event(), 2: threading.Event()}
+
+
+def test_ranks_compute_on_what_they_hold_while_rows_travel(monkeypatch) -> None:
+    def noted(self, out, lse, q, *given):
+        for rank in COMPUTING:
+            if torch.equal(q, tr.Layout.zigzag(192, 3).shard(random(192)[0], rank)):
+                COMPUTING[rank].set()
+        original(self, out, lse, q, *given)
+
+    original = TorchKernel.stripes_
+    monkeypatch.setattr(TorchKernel, "stripes_", noted)
+    assert all(total > 0 for total in tr.run_local(3, overlapped))
 
 
 def test_a_rank_that_fails_inside_the_call_ends_it_for_all() -> None:

@@ -266,7 +266,7 @@ def test_a_call_that_fails_half_way_closes_the_group() -> None:
         return str(refused.value)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(executor._Run, "_compute", lambda *_: 1 / 0)
+        patch.setattr(executor.Running, "_compute", lambda *_: 1 / 0)
         messages = tr.run_local(2, fail_once)
     assert all("division" in message for message in messages)
 
