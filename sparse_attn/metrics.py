@@ -77,7 +77,7 @@ def mass_recall(q: Tensor, k: Tensor, plan: StripePlan, scale: float | None = No
         kernel = TorchKernel("auto", q, k, scale)
         dense = dense_attention(kernel, q, k, k, plan.geometry)[1].double()
         kept = execute(plan, q, k, k, scale=scale, return_lse=True)[1].double()
-        near = kernel.anchor(q, k, k, plan.geometry, plan.keep)[1].double()
+        near = kernel.anchor(q, k, k, plan.geometry, plan.keep).lse.double()
     whole, inside = (kept - dense).exp().clamp(max=1), (near - dense).exp().clamp(max=1)
     outside = (1 - inside).sum(-1)
     found = ((whole - inside).clamp(min=0).sum(-1) / outside.clamp(min=1e-9)).masked_fill(outside < 1e-6, 1.0)

@@ -15,6 +15,7 @@ from sparse_attn.config import AnchorConfig
 from sparse_attn.geometry import Geometry, Group
 from sparse_attn.identify import finder
 from sparse_attn.kernels.choice import block_kernel, executor
+from sparse_attn.kernels.state import AnchorState
 from sparse_attn.kernels.torch_kernel import TorchKernel
 from sparse_attn.stats import Stats
 from sparse_attn.stripes import StripePlan
@@ -48,12 +49,12 @@ class Run:
                 with self.stats.timed("dense"):
                     return dense_attention(kernel, q, k, v, self.geometry)
             with self.stats.timed("anchor"):
-                out, lse = pattern_based_anchor(kernel, q, k, v, self.geometry, self.keep)
+                state = pattern_based_anchor(kernel, q, k, v, self.geometry, self.keep)
             if self.plan is None:
                 with self.stats.timed("identify"):
-                    self.plan = self._found(q, k, lse)
+                    self.plan = self._found(q, k, state)
             with self.stats.timed("stripes"):
-                return fine_grained_sparse(kernel, out, lse, q, k, v, self.plan)
+                return fine_grained_sparse(kernel, state.out, state.lse, q, k, v, self.plan)
 
     def find(self, q: Tensor, k: Tensor) -> StripePlan:
         """The plan alone. The anchor region's lse needs no values: the keys stand in for them."""
@@ -62,11 +63,10 @@ class Run:
             if dense is not None:
                 return dense
             kernel = TorchKernel(block_kernel(self.kernel), q, k, self.scale)
-            _, lse = pattern_based_anchor(kernel, q, k, k, self.geometry, self.keep)
-            return self._found(q, k, lse)
+            return self._found(q, k, pattern_based_anchor(kernel, q, k, k, self.geometry, self.keep))
 
-    def _found(self, q: Tensor, k: Tensor, lse: Tensor) -> StripePlan:
-        plan = difference_aware_stripes(q, k, lse, self.geometry, self.config, self.scale, self.keep)
+    def _found(self, q: Tensor, k: Tensor, state: AnchorState) -> StripePlan:
+        plan = difference_aware_stripes(q, k, state, self.geometry, self.config, self.scale, self.keep)
         return replace(plan, why=self.why)
 
     def _dense_from_the_start(self, q: Tensor, k: Tensor, v_dim: int) -> StripePlan | None:
@@ -96,8 +96,8 @@ class Run:
         q, k = q[:1, slice(*group.rows)], k[:1, first:stop]
         geometry = replace(self.geometry, documents=(((0, group.count), (0, stop - first)),))
         kernel = TorchKernel(block_kernel(self.kernel), q, k, self.scale)
-        _, lse = kernel.anchor(q, k, k, geometry, None)
-        searching = finder(q, k, lse, geometry, self.config, self.scale)
+        state = kernel.anchor(q, k, k, geometry, None)
+        searching = finder(q, k, state, geometry, self.config, self.scale)
         middle = _middle(geometry.groups[0])
         kept, passed = searching.kept(middle, 0), searching.passed(middle, 0)
         return float(kept.double().mean()), float(passed.double().mean())

@@ -30,8 +30,9 @@ from sparse_attn.distributed.stages import Pair, Rows, Settled, one_stage, two_s
 from sparse_attn.distributed.stats import RankStats
 from sparse_attn.distributed.summaries import Boxes, Means, Nothing, Summary
 from sparse_attn.geometry import Geometry
-from sparse_attn.identify.maximum import row_maxima
+from sparse_attn.identify.maximum import row_tops
 from sparse_attn.kernels.choice import executor
+from sparse_attn.kernels.state import AnchorState
 from sparse_attn.stripes import StripePlan
 from tokenring import AttentionShape
 from tokenring.agreement import agree
@@ -82,9 +83,10 @@ class Call:
             keep = torch.arange(first, geometry.keys, device=k.device) if geometry.keys > first else None
             near = self._near(wire, k, v, shape[1])
             with self.stats.timed("anchor"):
-                out, lse = pattern_based_anchor(kernel, q, *near, geometry, keep)
+                state = pattern_based_anchor(kernel, q, *near, geometry, keep)
+                out, lse, _ = state
             with self.stats.timed("identify"):
-                summary = self._summary(q, k, near[0], lse, geometry, keep)
+                summary = self._summary(q, k, near[0], state, geometry, keep)
                 lines = Owner(self.cut, wire, summary, k, shape[1] // shape[2]).decide()
                 settled = self._settled(wire, lines, q, k, v, lse, near[0])
             self.stats.plans, self.stats.bytes_sent = wire.plans, wire.bytes_sent
@@ -181,14 +183,14 @@ class Call:
         stats.of_ranks(each, batch * q_heads, cut.geometry)
 
     def _summary(
-        self, q: Tensor, k: Tensor, near: Tensor, lse: Tensor, geometry: Geometry, keep: Tensor | None
+        self, q: Tensor, k: Tensor, near: Tensor, state: AnchorState, geometry: Geometry, keep: Tensor | None
     ) -> Summary:
-        kind = self.config.identify
+        kind, lse = self.config.identify, state.lse
         if kind == "every":
             return Nothing(q)
         if kind == "rescore":
             return Boxes(self.cut, self.config, self.scale, q, k, lse, self._near_lengths(near, lse))
-        anchor = row_maxima(q, near, geometry, self.scale, keep, self.config.scores) if kind == "pooled" else lse
+        anchor = lse if kind == "lse" else row_tops(state, q, near, geometry, self.scale, keep, self.config.scores)
         return Means(self.cut, self.config, self.scale, q, k, anchor)
 
     def _near_lengths(self, near: Tensor, lse: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from sparse_attn.config import AnchorConfig
 from sparse_attn.geometry import Geometry, Group
 from sparse_attn.identify.means import MeanFinder
 from sparse_attn.identify.rows import EveryFinder, RescoreFinder
+from sparse_attn.kernels.state import AnchorState
 from sparse_attn.stripes import StripePlan, within
 
 
@@ -42,7 +43,7 @@ class Finder(Protocol):
 def finder(
     q: Tensor,
     k: Tensor,
-    lse: Tensor,
+    state: AnchorState,
     geometry: Geometry,
     config: AnchorConfig,
     scale: float,
@@ -51,13 +52,13 @@ def finder(
     """The finder that a configuration names.
 
     Args:
-        q: (B, Sq, Hq, D). k: (B, Sk, Hkv, D). lse: (B, Hq, Sq), of the anchor region.
+        q: (B, Sq, Hq, D). k: (B, Sk, Hkv, D). state: of the anchor region.
         keep: rows of k that belong to every anchor region.
     """
     if config.identify in ("pooled", "lse"):
-        return MeanFinder(q, k, lse, geometry, config, scale, keep)
+        return MeanFinder(q, k, state, geometry, config, scale, keep)
     kind = EveryFinder if config.identify == "every" else RescoreFinder
-    return kind(q, k, lse, geometry, config, scale)
+    return kind(q, k, state.lse, geometry, config, scale)
 
 
 def columns_of(kept: Tensor, group: Group, share: str, kv_heads: int, keep: Tensor | None) -> list[Tensor]:
@@ -73,15 +74,15 @@ def columns_of(kept: Tensor, group: Group, share: str, kv_heads: int, keep: Tens
 def find_stripes(
     q: Tensor,
     k: Tensor,
-    lse: Tensor,
+    state: AnchorState,
     geometry: Geometry,
     config: AnchorConfig,
     scale: float,
     keep: Tensor | None = None,
 ) -> StripePlan:
-    """The plan of a call whose anchor region gave `lse`; arguments as for `finder`."""
+    """The plan of a call whose anchor region gave `state`; arguments as for `finder`."""
     heads = q.shape[2] if config.share == "query" else k.shape[2]
-    searching = finder(q, k, lse, geometry, config, scale, keep)
+    searching = finder(q, k, state, geometry, config, scale, keep)
     columns: list[Tensor] = []
     for group in geometry.groups:
         for entry in range(q.shape[0]):

@@ -8,6 +8,7 @@ from torch import Tensor
 from sparse_attn.folding import alike, fold, prefixes
 from sparse_attn.geometry import Geometry
 from sparse_attn.identify.products import test_dtype
+from sparse_attn.kernels.state import AnchorState
 from sparse_attn.stripes import within
 from tokenring.merge import accumulator_dtype
 
@@ -15,6 +16,13 @@ SQUARE = 128
 """Rows at a time: they read a triangle's keys and mask only the last square."""
 PRODUCTS = 1 << 20
 """Products of one matrix product: they stay in a cache until their maximum is taken."""
+
+
+def row_tops(
+    state: AnchorState, q: Tensor, k: Tensor, geometry: Geometry, scale: float, keep: Tensor | None, scores: str
+) -> Tensor:
+    """(B, Hq, Sq): the largest score of each row over its anchor region, found by a pass of its own where phase 1 kept it."""
+    return row_maxima(q, k, geometry, scale, keep, scores) if state.top is None else state.top
 
 
 def row_maxima(q: Tensor, k: Tensor, geometry: Geometry, scale: float, keep: Tensor | None, scores: str) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sparse_attn.config import AnchorConfig
 from sparse_attn.geometry import Geometry, Group
-from sparse_attn.identify.maximum import row_maxima
+from sparse_attn.identify.maximum import row_tops
+from sparse_attn.kernels.state import AnchorState
 
 
 class MeanFinder:
@@ -23,15 +24,17 @@ class MeanFinder:
         self,
         q: Tensor,
         k: Tensor,
-        lse: Tensor,
+        state: AnchorState,
         geometry: Geometry,
         config: AnchorConfig,
         scale: float,
         keep: Tensor | None,
     ) -> None:
         self.q, self.k, self.geometry, self.scale = q, k, geometry, scale
-        self.anchor = row_maxima(q, k, geometry, scale, keep, config.scores) if config.identify == "pooled" else lse
-        self.theta = lse.new_tensor(config.thetas(q.shape[2]))[:, None]
+        self.anchor = (
+            state.lse if config.identify == "lse" else row_tops(state, q, k, geometry, scale, keep, config.scores)
+        )
+        self.theta = state.lse.new_tensor(config.thetas(q.shape[2]))[:, None]
 
     def kept(self, group: Group, entry: int) -> Tensor:
         """bool (Hq, candidates): see `Finder`."""

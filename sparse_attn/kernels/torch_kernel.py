@@ -6,16 +6,15 @@ after another, so that a group gathers each chosen row once, both at a time; the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
 from sparse_attn.folding import ROWS_AT_ONCE, alike, fold, prefixes
 from sparse_attn.geometry import Geometry, Group
+from sparse_attn.kernels import products
 from sparse_attn.kernels.blocks import Blocks, empty
+from sparse_attn.kernels.state import AnchorState
 from sparse_attn.stripes import StripePlan, within
-from tokenring.merge import accumulator_dtype, merge_
+from tokenring.merge import merge_
 
 
 class TorchKernel:
@@ -23,10 +22,22 @@ class TorchKernel:
 
     def __init__(self, name: str, q: Tensor, v: Tensor, scale: float) -> None:
         self.blocks = Blocks.of(name, q, v, scale)
+        self.by_products = name == "auto"
 
-    def anchor(self, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Exact attention of every row over its anchor region: out (B, S, Hq, Dv) and lse, in the accumulator's dtype."""
-        out, lse = empty(q, v.shape[-1], accumulator_dtype(q.dtype))
+    def anchor(self, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, keep: Tensor | None) -> AnchorState:
+        """Exact attention of every row over its anchor region."""
+        if self.by_products and products.takes(q):
+            state = products.anchor_region(q, k, v, geometry, self.blocks.scale)
+        else:
+            state = self._anchor_in_blocks(q, k, v, geometry)
+        if keep is None or not len(keep):
+            return state
+        for group in geometry.groups:
+            self._join_kept(state.out, state.lse, q, k, v, group, keep)
+        return state._replace(top=None)
+
+    def _anchor_in_blocks(self, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> AnchorState:
+        out, lse, _ = AnchorState.unfilled(q, v.shape[3])
         for groups in alike(geometry, ROWS_AT_ONCE):
             rows = slice(groups[0].rows[0], groups[-1].rows[1])
             own_keys = slice(groups[0].diagonal, groups[-1].diagonal + groups[-1].count)
@@ -39,22 +50,17 @@ class TorchKernel:
                 merge_(part_out, part_lse, before, before_lse)
             out[:, rows] = part_out.reshape(out[:, rows].shape)
             lse[:, :, rows] = part_lse.unflatten(0, (-1, len(groups))).transpose(1, 2).flatten(2)
-            if keep is not None:
-                self._join_kept(out, lse, q, k, v, groups, keep)
-        return out, lse
+        return AnchorState(out, lse, None)
 
-    def _join_kept(
-        self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, groups: Sequence[Group], keep: Tensor
-    ) -> None:
-        for group in groups:
-            columns, rows = within(keep, group.candidates), slice(*group.rows)
-            if len(columns):
-                part = self.blocks.attend(q[:, rows], k.index_select(1, columns), v.index_select(1, columns))
-                merge_(out[:, rows], lse[:, :, rows], *part)
+    def _join_kept(self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, group: Group, keep: Tensor) -> None:
+        columns, rows = within(keep, group.candidates), slice(*group.rows)
+        if len(columns):
+            part = self.blocks.attend(q[:, rows], k.index_select(1, columns), v.index_select(1, columns))
+            merge_(out[:, rows], lse[:, :, rows], *part)
 
     def stripes_(self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: StripePlan) -> None:
         """Every group's columns join (out, lse) of its rows, in place."""
-        beside = torch.cat([k, v], dim=-1).transpose(1, 2).contiguous()
+        beside = _beside(k, v)
         for number, group in enumerate(plan.geometry.groups):
             lists = plan.lists(number)
             if not any(len(columns) for columns in lists):
@@ -77,6 +83,14 @@ def heads_of(plan: StripePlan, place: int) -> tuple[int, slice, int]:
     if plan.share == "query":
         return entry, slice(head, head + 1), head // each
     return entry, slice(head * each, (head + 1) * each), head
+
+
+def _beside(k: Tensor, v: Tensor) -> Tensor:
+    """(B, Hkv, Sk, D + Dv): a row's key and value together, one head after another."""
+    both = k.new_empty(k.shape[0], k.shape[2], k.shape[1], k.shape[3] + v.shape[3])
+    both[..., : k.shape[3]] = k.transpose(1, 2)
+    both[..., k.shape[3] :] = v.transpose(1, 2)
+    return both
 
 
 def _gathered(rows: Tensor, columns: Tensor, dim: int) -> tuple[Tensor, Tensor]:
