@@ -16,22 +16,26 @@ def check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, spread: bool = F
 
     spread: they are one rank's rows, of which there may be more queries than keys.
     """
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if any(x.dim() != 4 for x in (q, k, v)):
-        raise ValueError(f"got {shapes}; each must be (batch, rows, heads, head dim)")
-    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"got {shapes}; k and v must be alike in batch, rows and heads, q and k in batch and head dim")
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2] or q.shape[2] == 0:
-        raise ValueError(f"got {shapes}; query heads must be a multiple of key heads, and one or more")
-    if q.shape[1] > k.shape[1] and not spread:
-        raise ValueError(
-            f"got {shapes}; queries are the last rows of the keys' sequence, so give at least as many keys"
-        )
+    wrong = _wrong_shapes(tuple(q.shape), tuple(k.shape), tuple(v.shape), spread)
+    if wrong is not None:
+        raise ValueError(f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; {wrong}")
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device and q.is_floating_point()):
         given = ", ".join(f"{name} {x.dtype} on {x.device}" for name, x in (("q", q), ("k", k), ("v", v)))
         raise ValueError(f"got {given}; give one floating dtype on one device")
     if scale is not None and not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"scale is {scale}; it must be above 0 and finite, or None for 1 / sqrt(head dim)")
+
+
+def _wrong_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], spread: bool) -> str | None:
+    if not len(q) == len(k) == len(v) == 4:
+        return "each must be (batch, rows, heads, head dim)"
+    if k[:3] != v[:3] or q[0] != k[0] or q[3] != k[3]:
+        return "k and v must be alike in batch, rows and heads, q and k in batch and head dim"
+    if k[2] == 0 or q[2] % k[2] or q[2] == 0:
+        return "query heads must be a multiple of key heads, and one or more"
+    if q[1] > k[1] and not spread:
+        return "queries are the last rows of the keys' sequence, so give at least as many keys"
+    return None
 
 
 def packed(mask: Any, cu_seqlens: Any, kv_cu_seqlens: Any) -> tuple[Any, Any]:

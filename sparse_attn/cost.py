@@ -12,7 +12,8 @@ from __future__ import annotations
 from functools import lru_cache
 
 from sparse_attn.config import AnchorConfig
-from sparse_attn.geometry import Geometry
+from sparse_attn.geometry import Geometry, Group
+from tokenring.segments import Range
 
 HEAD_DIM = 64
 """Of the measured pairs: calls weigh less beside pairs of more dims."""
@@ -28,6 +29,14 @@ PRODUCT = 0.45
 """A product tested in the inputs' dtype, beside the two products and the exponential of attention."""
 WORTH = 0.6
 """Stripes run where the model promises this share of dense or less: it leaves out cache misses and the sample's own time."""
+SAMPLE_COLUMNS = 512
+"""What is looked at before the rest is tested: about so many candidates in the middle of those of one late group."""
+SAMPLE = 350_000.0
+"""What a sample costs whatever its heads: about a millisecond."""
+SAMPLE_PAIR = 1.7
+"""A pair of a sample's anchor region: small calls, and keys that no cache holds yet."""
+AFFORDABLE = 0.025
+"""Share of dense attention that a sample may cost, which is lost where it speaks for dense."""
 LIKELY_STRIPES = 0.1
 """Share of candidates kept, where nothing has been looked at yet."""
 LIKELY_PASSED = 0.3
@@ -88,10 +97,29 @@ def resolved(config: AnchorConfig, length: int) -> tuple[int, int]:
     return block, step if config.step == "auto" else config.step
 
 
+def sampled(geometry: Geometry, group: Group) -> Range:
+    """The middle of a group's candidates: so many that they, initial block and window make whole groups."""
+    around, (first, last) = geometry.initial + geometry.window, group.candidates
+    whole = max(around // geometry.rows + 1, round((SAMPLE_COLUMNS + around) / geometry.rows))
+    count = min(whole, (last - first + around) // geometry.rows) * geometry.rows - around
+    start = first + (last - first - count) // 2
+    return start, start + count
+
+
+def sample_cost(geometry: Geometry, config: AnchorConfig, heads: int, dim: int) -> float:
+    """Pairs of one head that looking at one group costs."""
+    region = geometry.rows * (geometry.rows / 2 + geometry.initial + geometry.window) * SAMPLE_PAIR
+    tests = PRODUCT * geometry.rows * SAMPLE_COLUMNS * (2 / config.box + LIKELY_PASSED)
+    return region + tests + SAMPLE / max(1, heads) * HEAD_DIM / dim
+
+
 @lru_cache(maxsize=512)
 def pays(geometry: Geometry, config: AnchorConfig, heads: int, dim: int) -> tuple[bool, str]:
     """Whether stripes are likely to beat dense attention before anything is computed, and in words why."""
     dense = geometry.causal_pairs
+    sample = sample_cost(geometry, config, heads, dim)
+    if sample > AFFORDABLE * dense:
+        return False, f"modelled: to look at a sample would cost {sample / max(1, dense):.0%} of dense"
     sparse = sparse_cost(geometry, config, heads, dim, LIKELY_STRIPES, LIKELY_PASSED)
     said = f"modelled: {sparse / max(1, dense):.2f} of dense at {LIKELY_STRIPES:.0%} of the candidates"
     return sparse < WORTH * dense, said

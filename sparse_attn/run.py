@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -21,9 +22,6 @@ from sparse_attn.stats import Stats
 from sparse_attn.stripes import StripePlan
 from tokenring.merge import accumulator_dtype, merge_
 
-SAMPLE_COLUMNS = 512
-"""What is looked at before the rest is tested: so many candidates in the middle of those of one late group."""
-
 
 @dataclass
 class Run:
@@ -41,15 +39,15 @@ class Run:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """out in the accumulator's or q's dtype, and lse; `self.plan` says afterwards what was computed."""
-        with torch.autocast(q.device.type, enabled=False):
-            kernel = executor(self.kernel, q, v, self.scale)
+        with as_given(q):
             if self.plan is None:
                 self.plan = self._dense_from_the_start(q, k, v.shape[3])
+            kernel = executor(self.kernel, q, v, self.scale)
             if self.plan is not None and self.plan.path == "dense":
                 with self.stats.timed("dense"):
                     return dense_attention(kernel, q, k, v, self.geometry)
             with self.stats.timed("anchor"):
-                state = pattern_based_anchor(kernel, q, k, v, self.geometry, self.keep)
+                state = pattern_based_anchor(kernel, q, k, v, self.geometry, self.keep, self.config.needs_tops)
             if self.plan is None:
                 with self.stats.timed("identify"):
                     self.plan = self._found(q, k, state)
@@ -58,12 +56,14 @@ class Run:
 
     def find(self, q: Tensor, k: Tensor) -> StripePlan:
         """The plan alone. The anchor region's lse needs no values: the keys stand in for them."""
-        with torch.autocast(q.device.type, enabled=False):
+        with as_given(q):
             dense = self._dense_from_the_start(q, k, k.shape[3])
             if dense is not None:
                 return dense
             kernel = TorchKernel(block_kernel(self.kernel), q, k, self.scale)
-            return self._found(q, k, pattern_based_anchor(kernel, q, k, k, self.geometry, self.keep))
+            return self._found(
+                q, k, pattern_based_anchor(kernel, q, k, k, self.geometry, self.keep, self.config.needs_tops)
+            )
 
     def _found(self, q: Tensor, k: Tensor, state: AnchorState) -> StripePlan:
         plan = difference_aware_stripes(q, k, state, self.geometry, self.config, self.scale, self.keep)
@@ -90,16 +90,13 @@ class Run:
 
     def _sampled(self, q: Tensor, k: Tensor) -> tuple[float, float]:
         """Shares of some candidates of the group with most of them that are kept, and that pass a bound."""
-        group = max(self.geometry.groups, key=lambda g: g.candidate_keys)
-        first = self.geometry.documents[group.document][1][0]
-        stop = group.diagonal + group.count
-        q, k = q[:1, slice(*group.rows)], k[:1, first:stop]
-        geometry = replace(self.geometry, documents=(((0, group.count), (0, stop - first)),))
+        geometry, group = self.geometry, max(self.geometry.groups, key=lambda g: g.candidate_keys)
+        rows, keys = slice(*group.rows), k[:1].index_select(1, sampled_keys(geometry, group, k.device))
+        alone = replace(geometry, documents=(((0, group.count), (0, keys.shape[1])),))
         kernel = TorchKernel(block_kernel(self.kernel), q, k, self.scale)
-        state = kernel.anchor(q, k, k, geometry, None)
-        searching = finder(q, k, state, geometry, self.config, self.scale)
-        middle = _middle(geometry.groups[0])
-        kept, passed = searching.kept(middle, 0), searching.passed(middle, 0)
+        state = kernel.anchor(q[:1, rows], keys, keys, alone, None, self.config.needs_tops)
+        searching = finder(q[:1, rows], keys, state, alone, self.config, self.scale)
+        kept, passed = searching.kept(alone.groups[0], 0), searching.passed(alone.groups[0], 0)
         return float(kept.double().mean()), float(passed.double().mean())
 
     def _dense(self, q: Tensor, k: Tensor, why: str) -> StripePlan:
@@ -114,12 +111,21 @@ def _dense_plan(
     return StripePlan.dense(geometry, batch, q_heads, kv_heads, device, why)
 
 
-def _middle(group: Group) -> Group:
-    """The group with a run of its candidates, from their middle."""
-    first, last = group.candidates
-    count = min(SAMPLE_COLUMNS, last - first)
-    start = first + (last - first - count) // 2
-    return replace(group, candidates=(start, start + count))
+def sampled_keys(geometry: Geometry, group: Group, device: torch.device) -> Tensor:
+    """Rows of k of a short document that ends in a whole group: the anchor region of `group` and the middle of its candidates.
+
+    With the candidates of `cost.sampled`, initial block and window make whole groups: so the document's group is `group`.
+    """
+    first = group.candidates[0]
+    near = group.diagonal - geometry.window, group.diagonal + group.count
+    spans = (first - geometry.initial, first), cost.sampled(geometry, group), near
+    return torch.cat([torch.arange(*span, device=device) for span in spans])
+
+
+def as_given(q: Tensor) -> AbstractContextManager:
+    """Attention runs in its inputs' dtype; entering a context costs as much as a short call, so only where one is needed."""
+    kind = q.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def dense_attention(kernel: TorchKernel, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:

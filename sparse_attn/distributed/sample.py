@@ -16,7 +16,6 @@ from sparse_attn.config import AnchorConfig
 from sparse_attn.distributed.cut import Cut, rows_of
 from sparse_attn.distributed.exchange import Wire
 from sparse_attn.distributed.lists import BITS
-from sparse_attn.run import SAMPLE_COLUMNS
 from tokenring.segments import Range
 
 
@@ -34,10 +33,7 @@ class Sample:
     @property
     def span(self) -> Range:
         """The sampled run of positions."""
-        first, last = self.cut.geometry.groups[self.number].candidates
-        count = min(SAMPLE_COLUMNS, last - first)
-        start = first + (last - first - count) // 2
-        return start, start + count
+        return cost.sampled(self.cut.geometry, self.cut.geometry.groups[self.number])
 
     def count(self, rank: int, lines: Sequence[Tensor]) -> int:
         """How many pairs of a query head and a sampled column the lines of a rank's own rows name.

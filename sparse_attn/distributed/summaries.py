@@ -107,7 +107,10 @@ class Means:
             anchors[:, :, here] += unflat(numbers[:head], self.wide, (*self.shape, -1)) * share
             means[:, :, here] += unflat(numbers[head:], dtype, (*self.shape, len(counts), -1)) * share[:, None]
         return torch.stack(
-            [mean_margins(m, a, picked(k, rows)) >= -self.theta for m, a, k in zip(means, anchors, self.k)]
+            [
+                mean_margins(m[:, None], a[:, None], x, [len(x)])[:, 0] >= -self.theta
+                for m, a, x in zip(means, anchors, (picked(k, rows) for k in self.k))
+            ]
         )
 
 

@@ -29,7 +29,9 @@ class Blocks:
     @classmethod
     def of(cls, name: str, q: Tensor, v: Tensor, scale: float) -> Blocks:
         """`name` as in `tokenring.attention(kernel=...)`."""
-        return cls(choose(name, *_even(q[:, :1], v[:, :1]), None), scale, v.shape[-1])
+        if q.shape[-1] != v.shape[-1]:
+            return cls(choose(name, *_even(q[:, :1], v[:, :1]), None), scale, v.shape[-1])
+        return cls(choose(name, q, v, None), scale, v.shape[-1])
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> tuple[Tensor, Tensor]:
         """One rectangle, or a causal square whose first row meets its first key.
@@ -69,5 +71,8 @@ def empty(q: Tensor, v_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _even(*tensors: Tensor) -> tuple[Tensor, ...]:
     """All with the widest head dim among them."""
-    widest = max(x.shape[-1] for x in tensors)
+    dims = {x.shape[-1] for x in tensors}
+    if len(dims) == 1:
+        return tensors
+    widest = max(dims)
     return tuple(x if x.shape[-1] == widest else pad(x, (0, widest - x.shape[-1])) for x in tensors)

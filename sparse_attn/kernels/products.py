@@ -18,8 +18,8 @@ from sparse_attn.folding import alike, prefixes
 from sparse_attn.geometry import Geometry, Group
 from sparse_attn.kernels.state import AnchorState
 
-CACHED = 1 << 16
-"""Scores of a piece and thread: with as many weights they fill half of a second-level cache of 1 MiB."""
+CACHED = 1 << 17
+"""Scores of a piece and thread: with as many weights they fill a second-level cache of 1 MiB."""
 ROWS = 64, 128
 """Fewest and most rows of a piece: short ones multiply slower, long ones read more keys past the diagonal."""
 
@@ -45,7 +45,7 @@ def anchor_region(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, scale: fl
                 heads = slice(first, first + threads)
                 keys, values = (_region(x[entry : entry + 1, :, heads], groups) for x in (k, v))
                 mine, *targets = (x[:, heads] for x in ours)
-                _attend(scratch, mine * scale, keys, values, *targets)
+                _attend(scratch, scale, mine, keys, values, *targets)
     return state
 
 
@@ -64,8 +64,10 @@ def _region(x: Tensor, groups: Sequence[Group]) -> Tensor:
     return both.flatten(0, 1)
 
 
-def _attend(scratch: _Scratch, q: Tensor, keys: Tensor, values: Tensor, out: Tensor, lse: Tensor, top: Tensor) -> None:
-    """Scaled rows (groups, heads, each, rows, D) against their region; out, lse and top of the same rows are filled."""
+def _attend(
+    scratch: _Scratch, scale: float, q: Tensor, keys: Tensor, values: Tensor, out: Tensor, lse: Tensor, top: Tensor
+) -> None:
+    """Rows (groups, heads, each, rows, D) against their region; out, lse and top of the same rows are filled."""
     each, count = q.shape[2:4]
     across, before = keys.mT, keys.shape[1] - count
     least = torch.empty_like(top, memory_format=torch.contiguous_format)
@@ -73,7 +75,7 @@ def _attend(scratch: _Scratch, q: Tensor, keys: Tensor, values: Tensor, out: Ten
         height, width = rows.stop - rows.start, before + rows.stop
         mine = q[:, :, :, rows].reshape(len(keys), each * height, -1)
         scores, weights = scratch.pair(len(keys), each * height, width)
-        torch.bmm(mine, across[:, :, :width], out=scores)
+        torch.baddbmm(scores, mine, across[:, :, :width], beta=0, alpha=scale, out=scores)
         scores.unflatten(1, (each, height))[..., width - height :] += scratch.later(height)
         torch.softmax(scores, -1, out=weights)
         found, shape = torch.bmm(weights, values[:, :width]), (*q.shape[:3], height)

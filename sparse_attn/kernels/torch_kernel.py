@@ -1,17 +1,18 @@
 """Both passes on torch operators: any device, any length, memory linear in length.
 
-Groups alike go through the anchor region in one call, as batch entries. Stripes: keys and values lie side by side, one head
-after another, so that a group gathers each chosen row once, both at a time; the heads' partials merge together.
+Anchor regions: matrix products where those are quicker (`products.py`), else block kernels, groups alike as batch entries of one
+call. Stripes: a group gathers each chosen row of a list once; the heads' partials merge together.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sparse_attn.folding import ROWS_AT_ONCE, alike, fold, prefixes
 from sparse_attn.geometry import Geometry, Group
 from sparse_attn.kernels import products
-from sparse_attn.kernels.blocks import Blocks, empty
+from sparse_attn.kernels.blocks import Blocks
 from sparse_attn.kernels.state import AnchorState
 from sparse_attn.stripes import StripePlan, within
 from tokenring.merge import merge_
@@ -24,9 +25,13 @@ class TorchKernel:
         self.blocks = Blocks.of(name, q, v, scale)
         self.by_products = name == "auto"
 
-    def anchor(self, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, keep: Tensor | None) -> AnchorState:
-        """Exact attention of every row over its anchor region."""
-        if self.by_products and products.takes(q):
+    def anchor(
+        self, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, keep: Tensor | None, tops: bool = False
+    ) -> AnchorState:
+        """Exact attention of every row over its anchor region. Products are quicker where top is wanted too, or where the query
+        heads of a key head make them taller.
+        """
+        if self.by_products and products.takes(q) and (tops or q.shape[2] > k.shape[2]):
             state = products.anchor_region(q, k, v, geometry, self.blocks.scale)
         else:
             state = self._anchor_in_blocks(q, k, v, geometry)
@@ -60,20 +65,18 @@ class TorchKernel:
 
     def stripes_(self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: StripePlan) -> None:
         """Every group's columns join (out, lse) of its rows, in place."""
-        beside = _beside(k, v)
+        scratch = _Rows(k), _Rows(v)
         for number, group in enumerate(plan.geometry.groups):
             lists = plan.lists(number)
             if not any(len(columns) for columns in lists):
                 continue
             rows = slice(*group.rows)
-            part_out, part_lse = empty(q[:, rows], v.shape[-1], q.dtype)
             for place, columns in enumerate(lists):
                 if len(columns):
                     entry, queries, key_head = heads_of(plan, place)
-                    keys, values = _gathered(beside[entry, key_head], columns, k.shape[-1])
-                    found, found_lse = self.blocks.attend(q[entry, rows, queries].unsqueeze(0), keys, values)
-                    part_out[entry, :, queries], part_lse[entry, queries] = found[0], found_lse[0]
-            merge_(out[:, rows], lse[:, :, rows], part_out, part_lse)
+                    both = (rows_of.gathered(entry, key_head, columns) for rows_of in scratch)
+                    part = self.blocks.attend(q[entry, rows, queries].unsqueeze(0), *both)
+                    merge_(out[entry, rows, queries].unsqueeze(0), lse[entry, queries, rows].unsqueeze(0), *part)
 
 
 def heads_of(plan: StripePlan, place: int) -> tuple[int, slice, int]:
@@ -85,17 +88,17 @@ def heads_of(plan: StripePlan, place: int) -> tuple[int, slice, int]:
     return entry, slice(head * each, (head + 1) * each), head
 
 
-def _beside(k: Tensor, v: Tensor) -> Tensor:
-    """(B, Hkv, Sk, D + Dv): a row's key and value together, one head after another."""
-    both = k.new_empty(k.shape[0], k.shape[2], k.shape[1], k.shape[3] + v.shape[3])
-    both[..., : k.shape[3]] = k.transpose(1, 2)
-    both[..., k.shape[3] :] = v.transpose(1, 2)
-    return both
+class _Rows:
+    """Chosen rows of keys or values, copied into one memory that the next list takes over: fresh memory costs page faults."""
 
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.memory = x, x.new_empty(0, x.shape[3])
 
-def _gathered(rows: Tensor, columns: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Keys and values (1, n, 1, D) of some rows; a run of neighbours is a view."""
-    first, last = int(columns[0]), int(columns[-1])
-    chosen = rows[first : last + 1] if last - first + 1 == len(columns) else rows.index_select(0, columns)
-    chosen = chosen[None, :, None]
-    return chosen[..., :dim], chosen[..., dim:]
+    def gathered(self, entry: int, head: int, columns: Tensor) -> Tensor:
+        """(1, n, 1, D), valid until the next call; a run of neighbours is a view."""
+        rows, first, last = self.x[entry, :, head], int(columns[0]), int(columns[-1])
+        if last - first + 1 == len(columns):
+            return rows[None, first : last + 1, None]
+        if len(self.memory) < len(columns):
+            self.memory = self.x.new_empty(2 * len(columns), self.x.shape[3])
+        return torch.index_select(rows, 0, columns, out=self.memory[: len(columns)])[None, :, None]

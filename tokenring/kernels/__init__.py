@@ -35,7 +35,8 @@ def choose(kernel: str, q: torch.Tensor, v: torch.Tensor, softcap: float | None)
     >>> choose("auto", q, q, None).name, choose("auto", q, q, 30.0).name
     ('cpu_flash', 'reference')
     """
-    by_name = {k.name: k for k in (*GPU_KERNELS, *KERNELS)}
+    on_cpu = kernel == "auto" and not q.is_cuda
+    by_name = {k.name: k for k in (KERNELS if on_cpu else (*GPU_KERNELS, *KERNELS))}
     if kernel != "auto" and kernel not in by_name and kernel not in FAMILIES:
         of_gpus = ", ".join((*FAMILIES, *(k.name for k in GPU_KERNELS)))
         anywhere = ", ".join(k.name for k in KERNELS)

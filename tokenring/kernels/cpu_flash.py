@@ -19,6 +19,8 @@ from tokenring.kernels import bands
 from tokenring.kernels.base import BlockKernel
 from tokenring.kernels.delta import out_of
 
+FEW_HEADS = 2
+
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -95,7 +97,8 @@ def _block_rows(width: int) -> int:
 def _sizes(q: Tensor) -> bands.Sizes:
     """A causal call of the operator reads whole blocks of 512 keys; small triangles took a tenth to a fifth off its time at
     1,024 to 4,096 rows, though not in 16 bits. Up to 191 rows it has a task for each 32 rows of a head: enough for all threads.
+    With one or two heads such calls are too short to pay for themselves.
     """
-    if q.element_size() == 2:
+    if q.element_size() == 2 or q.shape[0] * q.shape[2] <= FEW_HEADS:
         return bands.Sizes(_block_rows)
     return bands.Sizes(_block_rows, causal=max(191, 128 * torch.get_num_threads() // (q.shape[0] * q.shape[2])))
