@@ -132,9 +132,9 @@ def test_default_configuration_runs_across_ranks() -> None:
 @pytest.mark.parametrize("identify", ["pooled", "rescore"])
 @pytest.mark.parametrize(("theta", "path"), [(-2.0, "sparse"), (20.0, "dense")])
 def test_a_sample_decides_as_on_one_device(identify: str, theta: float, path: str) -> None:
-    inputs = random(3000, dims=(64, 64), seed=4)
-    layout = tr.Layout.zigzag(3000, 3)
-    options = {"config": AnchorConfig(theta=theta, identify=identify, block=64, step=4)}
+    inputs = random(4300, dims=(64, 64), seed=4)
+    layout = tr.Layout.zigzag(4300, 3)
+    options = {"config": AnchorConfig(theta=theta, identify=identify, block=32, step=4)}
     results = run(3, layout, inputs, **options)
     _, whole = anchor_attention(*inputs, **options, return_stats=True)
     assert all(result[3].path == whole.path == path and result[3].why == whole.why for result in results)
