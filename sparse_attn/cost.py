@@ -1,7 +1,7 @@
 """What stripes would cost beside dense attention, in units of one (query, key) pair of the flash operator.
 
     dense     causal pairs
-    stripes   anchor pairs + kept candidate pairs + the test's products + rows gathered + calls
+    stripes   anchor pairs, which small pieces slow + kept candidate pairs + the test's products + rows gathered + calls
 
 The constants are ratios, measured on one core of an x86 processor with 512-bit vectors (float32, D = 64, torch's flash operator
 at 0.32 pairs a nanosecond); they decide when to fall back, and never what is computed.
@@ -21,20 +21,20 @@ WHOLE_CALL = 1_000_000.0
 """What every sparse call costs before its first group, the sample included: about three milliseconds."""
 GROUP = 60_000.0
 """A group's share of identification and merge, whatever its heads: about 200 microseconds."""
+ANCHOR_PAIR = 1.6
+"""A pair of an anchor region: its pieces are small, and read keys past the diagonal."""
 CALL = 15_000.0
 """A list's gather and operator call: about 50 microseconds."""
 GATHERED_ROW = 6.0
 """A row of keys and values copied: 19 ns."""
 PRODUCT = 0.45
 """A product tested in the inputs' dtype, beside the two products and the exponential of attention."""
-WORTH = 0.6
+WORTH = 0.7
 """Stripes run where the model promises this share of dense or less: it leaves out cache misses and the sample's own time."""
 SAMPLE_COLUMNS = 512
 """What is looked at before the rest is tested: about so many candidates in the middle of those of one late group."""
 SAMPLE = 350_000.0
 """What a sample costs whatever its heads: about a millisecond."""
-SAMPLE_PAIR = 1.7
-"""A pair of a sample's anchor region: small calls, and keys that no cache holds yet."""
 AFFORDABLE = 0.025
 """Share of dense attention that a sample may cost, which is lost where it speaks for dense."""
 LIKELY_STRIPES = 0.1
@@ -56,8 +56,9 @@ def sparse_cost(
     """
     groups = sum(1 for g in geometry.groups if g.candidate_keys)
     gathered = lists * kept * geometry.candidate_pairs / max(1, geometry.rows) * GATHERED_ROW
-    work = geometry.anchor_pairs + kept * geometry.candidate_pairs
-    calls = (WHOLE_CALL + groups * GROUP) / max(1, heads) + groups * lists * CALL
+    work = ANCHOR_PAIR * geometry.anchor_pairs + kept * geometry.candidate_pairs
+    each = 3 * CALL if config.identify == "rescore" else CALL
+    calls = (WHOLE_CALL + groups * GROUP) / max(1, heads) + groups * lists * each
     return work + gathered + test_cost(geometry, config, passed) + calls * HEAD_DIM / dim
 
 
@@ -67,11 +68,10 @@ def test_cost(geometry: Geometry, config: AnchorConfig, passed: float) -> float:
     shares = {
         "pooled": 2 / geometry.block,
         "lse": 2 / geometry.block,
-        "rescore": 2 / config.box + passed,
+        "rescore": 4 / config.box + passed,
         "every": 1.0,
     }
-    maximum = geometry.anchor_pairs if config.identify == "pooled" else 0
-    return PRODUCT * (shares[config.identify] * pairs + maximum)
+    return PRODUCT * shares[config.identify] * pairs
 
 
 def groups_for(length: int) -> tuple[int, int]:
@@ -108,8 +108,8 @@ def sampled(geometry: Geometry, group: Group) -> Range:
 
 def sample_cost(geometry: Geometry, config: AnchorConfig, heads: int, dim: int) -> float:
     """Pairs of one head that looking at one group costs."""
-    region = geometry.rows * (geometry.rows / 2 + geometry.initial + geometry.window) * SAMPLE_PAIR
-    tests = PRODUCT * geometry.rows * SAMPLE_COLUMNS * (2 / config.box + LIKELY_PASSED)
+    region = geometry.rows * (geometry.rows / 2 + geometry.initial + geometry.window) * ANCHOR_PAIR
+    tests = PRODUCT * geometry.rows * SAMPLE_COLUMNS * (4 / config.box + LIKELY_PASSED)
     return region + tests + SAMPLE / max(1, heads) * HEAD_DIM / dim
 
 

@@ -18,8 +18,8 @@ from sparse_attn.folding import alike, prefixes
 from sparse_attn.geometry import Geometry, Group
 from sparse_attn.kernels.state import AnchorState
 
-CACHED = 1 << 17
-"""Scores of a piece and thread: with as many weights they fill a second-level cache of 1 MiB."""
+CACHED = 1 << 18
+"""Most scores of a piece and thread: a second-level cache of 1 MiB holds them, save in the longest groups."""
 ROWS = 64, 128
 """Fewest and most rows of a piece: short ones multiply slower, long ones read more keys past the diagonal."""
 
