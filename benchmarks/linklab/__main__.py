@@ -1,4 +1,4 @@
-"""The command: `python -m benchmarks.linklab raw | probe | run | grid`."""
+"""The command: `python -m benchmarks.linklab raw | probe | run | grid | sparse`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from benchmarks.linklab import report
+from benchmarks.linklab import report, sparse
 from benchmarks.linklab.cells import Cell
 from benchmarks.linklab.crew import CrewError, hire
 from benchmarks.linklab.lab import LabError, build, require
@@ -96,11 +97,23 @@ def cells(options: argparse.Namespace) -> None:
         report.save(options.out, what, [result.to_dict() for result in results])
 
 
+def sparse_prefill(options: argparse.Namespace) -> None:
+    """AnchorAttention over ranks beside every dense schedule."""
+    asked = sparse.Prefill(length=options.length, heads=tuple(options.heads), world=options.ranks)
+    cells = list(itertools.product(_names(options.topology), _numbers(options.mbit)))
+    rows = []
+    for result in sparse.measure(asked, cells, _names(options.identify), options.repeat):
+        print(sparse.table(result), flush=True)
+        rows.append(result.to_dict())
+    if options.out:
+        report.save(options.out, f"seconds of one forward pass, medians of {options.repeat}: {asked}", rows)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.linklab", description="Ranks on links whose rate is capped."
     )
-    commands = parser.add_subparsers(required=True, metavar="raw | probe | run | grid")
+    commands = parser.add_subparsers(required=True, metavar="raw | probe | run | grid | sparse")
     several = GRID | {"mbit": "40"}
     kinds = (
         ("raw", raw, ONE, 0.2, 5),
@@ -132,7 +145,22 @@ def _parser() -> argparse.ArgumentParser:
                 "--direction", default="forward", choices=("forward", "backward"), help="what is timed"
             )
             command.add_argument("--schedules", help="by commas; all where not given")
+    _add_sparse(commands)
     return parser
+
+
+def _add_sparse(commands: Any) -> None:
+    words = {"help": sparse_prefill.__doc__, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    command = commands.add_parser("sparse", **words)
+    command.set_defaults(do=sparse_prefill)
+    command.add_argument("--topology", default="mesh,switch", help=f"of {', '.join(NAMES)}; several by commas")
+    command.add_argument("--ranks", type=int, default=4, help="how many")
+    command.add_argument("--mbit", default="40,400", help="Mbit/s of a link and direction; several by commas")
+    command.add_argument("--length", type=int, default=16384, help="positions of the whole sequence")
+    command.add_argument("--heads", type=int, nargs=2, default=(2, 2), metavar=("QUERY", "KEY"), help="of 64 dims")
+    command.add_argument("--identify", default="pooled,rescore", help="by commas")
+    command.add_argument("--repeat", type=int, default=3, help="timed rounds")
+    command.add_argument("--out", type=Path, help="JSON file to write")
 
 
 def _names(text: str) -> list[str]:
