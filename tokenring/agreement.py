@@ -74,7 +74,7 @@ def agree_backward(runtime: Transport, plan: Plan, forward_plan: Plan, forward_c
         _keep(runtime, plan)
 
 
-def refuse(runtime: Transport, error: ValueError, prepared: bool = False) -> None:
+def refuse(runtime: Transport, error: Exception, prepared: bool = False) -> None:
     """Tell the other ranks that this one cannot make the call, so that they need not wait for it.
 
     They raise AgreementError and the group stays usable. On a prepared plan they listen to no header and have begun: there

@@ -72,7 +72,7 @@ def attend(
     runtime = connect(group)
     try:
         call = _prepared(runtime, layout, kv_layout, q, k, v, reports=return_stats, **options)
-    except ValueError as error:
+    except Exception as error:  # whatever keeps this rank from the call, the others need not wait for it
         refuse(runtime, error)
         raise
     with torch.no_grad():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.linklab import jobs
+from benchmarks.linklab import jobs, sparse
 from benchmarks.linklab.cells import Cell
 from benchmarks.linklab.crew import CrewError, hire
 from benchmarks.linklab.lab import LabError, build, sweep
@@ -109,3 +109,12 @@ def test_the_probe_finds_a_switch_from_inside_and_chooses_by_it_as_by_the_true_o
     found = probe(wire("switch", 3, 40), 1.0)
     assert found.found == "switch" and found.rate_error < 0.5
     assert found.choices == 16 and found.same >= 8 and found.worst < 1.2
+
+
+def test_sparse_prefill_sends_what_its_plans_say_and_is_set_beside_every_dense_schedule() -> None:
+    asked = sparse.Prefill(length=1024, heads=(2, 1), dim=16, world=2)
+    (result,) = sparse.measure(asked, [("mesh", 80.0)], ["pooled"], repeat=1)
+    assert {row.name for row in result.dense} == {*(set(sparse.SCHEDULES) - {"mesh:2x2"}), result.auto}
+    (row,) = result.sparse
+    assert 0 < row.transfer_bound < row.measured and row.bytes_sent < result.best_dense.bytes_sent
+    assert result.to_dict()["faster than best dense"] == [result.best_dense.measured / row.measured]

@@ -129,8 +129,9 @@ def test_default_configuration_runs_across_ranks() -> None:
     assert_equals_one_device(results, layout, inputs, None, options, bytes_too=False)
 
 
-@pytest.mark.parametrize("identify", ["pooled", "rescore"])
-@pytest.mark.parametrize(("theta", "path"), [(-2.0, "sparse"), (20.0, "dense")])
+@pytest.mark.parametrize(
+    ("identify", "theta", "path"), [("pooled", 20.0, "dense"), ("rescore", 20.0, "dense"), ("rescore", -2.0, "sparse")]
+)
 def test_a_sample_decides_as_on_one_device(identify: str, theta: float, path: str) -> None:
     inputs = random(4300, dims=(64, 64), seed=4)
     layout = tr.Layout.zigzag(4300, 3)

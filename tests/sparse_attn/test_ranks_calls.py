@@ -46,6 +46,8 @@ def refusal(group, case: str) -> str:
         options["kv_layout"] = tr.Layout.contiguous(30, 3)
     elif case == "offset":
         options["layout"], options["kv_layout"] = layout.at(7), layout
+    elif case == "wrong kind" and rank == 1:
+        options["config"] = "rescore"
     elif case == "striped":
         options["layout"] = tr.Layout.striped(96, 3)
     elif case == "plan":
@@ -54,7 +56,7 @@ def refusal(group, case: str) -> str:
         options["keep"] = [200]
     elif case == "document" and rank == 1:
         options["cu_seqlens"] = [0, 50]
-    with tr.count_traffic(group) as traffic, pytest.raises(ValueError) as caught:
+    with tr.count_traffic(group) as traffic, pytest.raises((ValueError, AttributeError)) as caught:
         attend(q, k, v, group=group, **options)
     assert not traffic.sent
     mine = (layout.shard(x, rank) for x in random(96))
@@ -77,6 +79,7 @@ def refusal(group, case: str) -> str:
         ("theta", "ranks disagree on", "ranks disagree on"),
         ("path", "ranks disagree on", "ranks disagree on"),
         ("keys", "rank 1 of 3 got 32 keys; their layout has 3 ranks and gives it 10", "rank 1 of 3 refused this call"),
+        ("wrong kind", "'str' object has no attribute", "rank 1 of 3 refused this call"),
         ("offset", "both must end at one position", "both must end at one position"),
         ("striped", "deals positions out one by one", "deals positions out one by one"),
         ("plan", "got plan= and group=", "got plan= and group="),
