@@ -13,6 +13,7 @@
 """
 
 from token_reduction.budget import Budget, split_budget, windows
+from token_reduction.combinators import Segments, Then, two_level
 from token_reduction.distributed import reduce_distributed
 from token_reduction.reducer import Reducer
 from token_reduction.reduction import Reduction
@@ -26,6 +27,8 @@ __all__ = [
     "Method",
     "Reducer",
     "Reduction",
+    "Segments",
+    "Then",
     "TokenShard",
     "VisualTokens",
     "build",
@@ -35,5 +38,6 @@ __all__ = [
     "reduce_distributed",
     "reduce_stream",
     "split_budget",
+    "two_level",
     "windows",
 ]

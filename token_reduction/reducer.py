@@ -41,6 +41,9 @@ class Reducer(ABC):
     form: ClassVar[str]
     """"authors'": the published algorithm, or "ours": the publication leaves the algorithm open and this is our form."""
 
+    flat: ClassVar[bool] = False
+    """Whether the method looks at rows alone: frames and places mean nothing to it."""
+
     text_space: ClassVar[str] = "x"
     """The plane whose space `text` must share."""
 

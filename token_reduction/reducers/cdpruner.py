@@ -37,6 +37,7 @@ class CDPruner(UnitReducer):
     cost: ClassVar[str] = "O(k n (D + min(k, D))) time, O(n D) memory"
     source: ClassVar[str] = "CDPruner, conditional diversity by greedy DPP MAP"
     form: ClassVar[str] = "authors'"
+    flat: ClassVar[bool] = True
     text_space: ClassVar[str] = "patches"
 
     @property

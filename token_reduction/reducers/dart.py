@@ -38,6 +38,7 @@ class Dart(UnitReducer):
     cost: ClassVar[str] = "O(n D)"
     source: ClassVar[str] = "DART, duplication-aware reduction of tokens"
     form: ClassVar[str] = "authors'"
+    flat: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -54,6 +54,7 @@ class DivPrune(Reducer):
     cost: ClassVar[str] = "O(k n D) time, O(n) memory beyond the tokens"
     source: ClassVar[str] = "DivPrune (CVPR 2025)"
     form: ClassVar[str] = "authors'"
+    flat: ClassVar[bool] = True
 
     def work(self, item: tuple[int, int, int], count: int, width: int) -> float:
         return float(item[0] * item[1] * item[2]) * count * width

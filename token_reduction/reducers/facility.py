@@ -37,6 +37,7 @@ class Facility(UnitReducer):
         "facility location; lazy greedy of Minoux 1978, stochastic greedy of Mirzasoleiman et al. 2015"
     )
     form: ClassVar[str] = "authors'"
+    flat: ClassVar[bool] = True
     draws: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

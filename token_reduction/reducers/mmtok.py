@@ -67,6 +67,7 @@ class MMTok(UnitReducer):
     cost: ClassVar[str] = "O(n^2 D) time, O(n D) memory"
     source: ClassVar[str] = "MMTok, multimodal coverage maximization"
     form: ClassVar[str] = "authors'"
+    flat: ClassVar[bool] = True
 
     def work(self, item: tuple[int, int, int], count: int, width: int) -> float:
         return float(item[0] * item[1] * item[2]) ** 2 * width

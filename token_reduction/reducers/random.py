@@ -32,6 +32,7 @@ class Random(Reducer):
     cost: ClassVar[str] = "O(n)"
     source: ClassVar[str] = "baseline"
     form: ClassVar[str] = "authors'"
+    flat: ClassVar[bool] = True
 
     def reduce_shard(
         self,

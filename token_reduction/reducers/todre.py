@@ -41,6 +41,7 @@ class ToDRE(UnitReducer):
     cost: ClassVar[str] = "O(k n D) time, O(n D) memory"
     source: ClassVar[str] = "ToDRE, stage 1 (both published forms)"
     form: ClassVar[str] = "authors'"
+    flat: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -29,6 +29,7 @@ class Uniform(Reducer):
     cost: ClassVar[str] = "O(k)"
     source: ClassVar[str] = "baseline"
     form: ClassVar[str] = "authors'"
+    flat: ClassVar[bool] = True
 
     def reduce_shard(
         self,

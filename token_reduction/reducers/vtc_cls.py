@@ -29,6 +29,7 @@ class VtcCls(UnitReducer):
     cost: ClassVar[str] = "O(n log n)"
     source: ClassVar[str] = "VTC-CLS, visual token compression by [CLS] attention; FasterVLM is its one-layer case"
     form: ClassVar[str] = "authors'"
+    flat: ClassVar[bool] = True
     features: ClassVar[bool] = False
 
     def select(self, batch: Batch, count: int) -> Sequence[Selection]:
