@@ -15,7 +15,6 @@ from token_reduction import VisualTokens
 
 GRID, SIDE, PATCH = encoder.GRID, encoder.SIDE, encoder.PATCH
 CLIPS = ("bigbuckbunny", "bikes", "carphone_pristine")
-LATE, MIDDLE = (8, 9, 10, 11), 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,39 +33,11 @@ def vit() -> encoder.ViT:
     return encoder.load(Path(assets.demo_dir()) / "vit.safetensors", fit="squash")
 
 
-@torch.no_grad()
-def encode(model: encoder.ViT, frame: Tensor) -> dict[str, Tensor]:
-    """One frame (224, 224, 3) uint8 -> every channel, one row per patch. The attention maps of one frame are small."""
-    pixels = encoder.normalise(frame, "squash")
-    patches = model.patch(pixels[None]).flatten(2).transpose(1, 2)
-    rows = torch.cat([model.cls_token.expand(1, 1, -1), patches], 1) + model.position
-    cls, received = [], []
-    for number, block in enumerate(model.blocks):
-        rows, q, k = block(rows)
-        if number in LATE or number == MIDDLE:
-            attention = torch.softmax(q @ k.transpose(2, 3) / q.shape[-1] ** 0.5, -1)[0].mean(0)
-            if number in LATE:
-                cls.append(attention[0, 1:])
-            if number in (MIDDLE, LATE[-1]):
-                received.append(attention.mean(0)[1:])
-    wide = [part.transpose(1, 2).flatten(2)[0, 1:] for part in (q, k)]
-    cells = frame.float().view(GRID, PATCH, GRID, PATCH, 3).permute(0, 2, 1, 3, 4) / 255
-    return {
-        "x": model.norm(rows)[0, 1:],
-        "cls_attn": torch.stack(cls, 1),
-        "recv_attn": torch.stack(received, 1),
-        "queries": wide[0],
-        "keys": wide[1],
-        "pixels": cells.reshape(GRID * GRID, PATCH * PATCH, 3),
-    }
-
-
 def tokens_of(model: encoder.ViT, frames: Tensor, text: Tensor | None = None) -> VisualTokens:
     """All frames as one item. text: (m, 384) rows of an image that asks, in the space of x."""
-    parts = [encode(model, frame) for frame in frames]
-    channels = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "x"}
-    x = torch.cat([part["x"] for part in parts])
-    channels["patches"] = x
+    encoded = {name: value.flatten(0, 1) for name, value in model(frames, encoder.CHANNELS).items()}
+    x = encoded.pop("x")
+    channels = dict(encoded)
     channels["text"] = x[:8] if text is None else text
     count = len(x)
     return VisualTokens(x, [0, count], [(len(frames), GRID, GRID)], torch.arange(count)[None], channels)
@@ -77,10 +48,18 @@ def clip(model: encoder.ViT, name: str, frames: int, queries: int, seed: int = 0
     pictures = _read(name, frames)
     chance = torch.Generator().manual_seed(seed)
     answers = torch.randint(frames, (queries,), generator=chance)
-    asked = torch.stack([encode(model, _crop(pictures[t], chance))["x"] for t in answers])
-    loud = encode(model, _crop(pictures[frames // 2], chance))
-    text = loud["x"][loud["cls_attn"][:, -1].topk(8).indices]
+    asked = torch.cat([model(_crop(pictures[t], chance)[None], ())["x"] for t in answers])
+    loud = model(_crop(pictures[frames // 2], chance)[None], ("cls_attn",))
+    text = loud["x"][0][loud["cls_attn"][0, :, -1].topk(8).indices]
     return Clip(name, pictures, tokens_of(model, pictures, text), asked, answers)
+
+
+def read_every(name: str, stride: int, count: int) -> Tensor:
+    """Frames 0, stride, 2 stride, ... of a clip, `count` of them."""
+    plan = plan_frames(join([assets.find(f"clip:{name}")]))
+    frames = [_resize(torch.from_numpy(np.ascontiguousarray(image)), SIDE)
+              for number, (_, image) in zip(range(stride * count), read(plan, 0, len(plan))) if number % stride == 0]  # fmt: skip
+    return torch.stack(frames[:count])
 
 
 def _read(name: str, count: int) -> Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import resource
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +15,8 @@ import torch
 
 from token_reduction import VisualTokens, methods
 
-WIDTH, CELLS = 384, 256
+WIDTH, CELLS, HOUR = 384, 256, 3600
+SPECS = {"cdpruner": "cdpruner,relevance=false"}
 ONE = """
 import json, resource, sys, time, torch
 from benchmarks.token_reduction_scale import {work}
@@ -58,16 +61,17 @@ def tokens_of(frames: int, seed: int = 0) -> VisualTokens:
 
 
 def at_once(name: str, frames: int) -> dict[str, Any]:
-    """One selection of a tenth; seconds for each kept token beside those of a blocked cosine pass over all tokens."""
-    import time
-
+    """One selection of a tenth; seconds for each kept token beside those of a blocked cosine pass over all tokens. The selection's
+    own memory is the peak less what the tokens took."""
     from token_reduction import Budget, build
 
     tokens = tokens_of(frames)
     x, n = torch.nn.functional.normalize(tokens.x, dim=1), len(tokens.x)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     kept = build(name).reduce(tokens, Budget.ratio(0.1)).index
     seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     passes = []
     for token in kept[:20]:
         start = time.perf_counter()
@@ -84,79 +88,114 @@ def at_once(name: str, frames: int) -> dict[str, Any]:
         "seconds_per_kept": seconds / len(kept),
         "cosine_pass_seconds": one,
         "ratio": seconds / len(kept) / one,
+        "whole_process_gib": peak / 2**20,
+        "selection_gib": (peak - before) / 2**20,
         "coverage": sum(covered) / n if covered else None,
     }
 
 
-def hour(name: str, seconds_of_video: int = 3600, window: int = 16) -> dict[str, Any]:
-    """A stream of one frame a second."""
-    import time
+def on_a_clip(name: str, frames: int) -> dict[str, Any]:
+    """One selection of a tenth of real features, every eighth frame of Big Buck Bunny: seconds, median of five, and coverage."""
+    from benchmarks.token_reduction_data import read_every, tokens_of, vit
+    from benchmarks.token_reduction_metrics import seconds_of
+    from token_reduction import Budget, build
 
+    tokens = tokens_of(vit(), read_every("bigbuckbunny", 8, frames))
+    seconds, kept = seconds_of(lambda: build(name).reduce(tokens, Budget.ratio(0.1)), 5)
+    x = torch.nn.functional.normalize(tokens.x, dim=1)
+    coverage = float((x @ x[kept.index].T).amax(1).mean())
+    return {"method": name, "tokens": len(x), "kept": len(kept.index), "seconds": seconds, "coverage": coverage}
+
+
+def hour(name: str, frames: int = HOUR, window: int = 16) -> dict[str, Any]:
+    """A stream of one frame a second; fewer frames than an hour give the hour by its windows (modelled: time is linear in them)."""
     from token_reduction import Budget, build, reduce_stream
 
+    inside = [0.0, 0.0]
+
     def runs() -> Iterator[VisualTokens]:
-        for first in range(0, seconds_of_video, window):
-            yield tokens_of(min(window, seconds_of_video - first), seed=first)
+        for first in range(0, frames, window):
+            start = time.perf_counter()
+            run = tokens_of(min(window, frames - first), seed=first)
+            inside[0] += time.perf_counter() - start  # the camera's time, not the method's
+            yield run
 
-    start, kept, last = time.perf_counter(), 0, 0
-    for part in reduce_stream(build(name), runs(), Budget.ratio(0.1), window=window):
+    def progress(done: int, kept: int) -> None:
+        if done * 10 // frames > inside[1]:
+            inside[1] = done * 10 // frames
+            seconds = time.perf_counter() - start - inside[0]
+            print(f"{name}: {done} of {frames} frames, {kept} rows, {seconds:.0f} s", file=sys.stderr, flush=True)
+
+    start, kept = time.perf_counter(), 0
+    for part in reduce_stream(build(name), runs(), Budget.ratio(0.1), window=window, progress=progress):
         kept += part.index.numel()
-        if part.first_frame // 360 > last:
-            last = part.first_frame // 360
-            print(
-                f"{name}: {part.first_frame} s of video, {time.perf_counter() - start:.0f} s",
-                file=sys.stderr,
-                flush=True,
-            )
-    frames = seconds_of_video
-    return {
-        "method": name,
-        "tokens": frames * CELLS,
-        "kept": kept,
-        "window": window,
-        "seconds": time.perf_counter() - start,
-    }
+    seconds = time.perf_counter() - start - inside[0]
+    result = {"method": name, "frames": frames, "tokens": frames * CELLS, "kept": kept, "window": window}
+    kind = "measured" if frames >= HOUR else f"modelled: {frames} frames measured, time is linear in windows"
+    return result | {"seconds": seconds, "seconds_of_the_hour": seconds * HOUR / frames, "kind": kind}
 
 
-def measure(large: bool, hours: list[str] | None) -> dict[str, Any]:
+def refusals() -> list[dict[str, str]]:
+    """What every method says to the hour at once; the tokens take no memory, the refusal looks at sizes."""
+    from token_reduction import Budget, build
+
+    cells = HOUR * CELLS
+    x = torch.zeros(1, WIDTH).expand(cells, WIDTH)
+    tokens = VisualTokens(x, [0, cells], [(HOUR, 16, 16)], torch.zeros(1, cells, dtype=torch.int64))
+    said = []
+    for name in methods():
+        if build(name).work(tokens.grid[0], cells // 10, WIDTH) > 0:
+            bare = build(name, relevance=False) if name == "cdpruner" else build(name)
+            channels = {"text": torch.ones(1, WIDTH), "cls_attn": torch.zeros(1).expand(cells)}
+            whole = VisualTokens(x, [0, cells], [(HOUR, 16, 16)], tokens.positions, channels)
+            try:
+                bare.reduce(whole, Budget.ratio(0.1))
+                said.append({"method": name, "refusal": "none"})
+            except ValueError as error:
+                said.append({"method": name, "refusal": str(error)})
+    return said
+
+
+def measure(large: bool, hours: list[str] | None, frames: int) -> dict[str, Any]:
     """The figures of `--scale` and `--hour` (no names: every method but identity)."""
     result: dict[str, Any] = {}
     if large:
-        result["at_once"] = [apart("at_once", "divprune", 391), apart("at_once", "facility", 17)]
+        result["at_once"] = [apart("at_once", "divprune", 391)]
+        result["on_a_clip"] = [apart("on_a_clip", name, 17) for name in ("facility", "divprune", "cdpruner")]
+        result["refusals"] = refusals()
     if hours is not None:
         names = hours or [name for name in methods() if name != "identity"]
-        result["hour"] = [apart("hour", name) for name in names]
+        result["hour"] = [apart("hour", name, frames) for name in names]
     return result
 
 
-def through_the_launcher(repeat: int = 3) -> dict[str, Any]:
-    """32 frames, 8,192 visual tokens, one rank: prefill with all of them, and selection with prefill at a tenth."""
-    command = [
-        sys.executable,
-        "-m",
-        "launch",
-        "run",
-        "clip:bigbuckbunny",
-        "--frames",
-        "32",
-        "--window",
-        "32",
-        "--nproc",
-        "1",
-    ]
-    command += ["--max-new-tokens", "1", "--json", "--quiet", "--reduce"]
-    seconds: dict[str, list[dict[str, float]]] = {"identity": [], "divprune:0.1": []}
-    for _ in range(repeat):
-        for spec, seen in seconds.items():
-            done = subprocess.run([*command, spec], capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(done.stderr)
-            seen.append(json.loads(done.stdout)["seconds"])
-    pairs = list(zip(seconds["identity"], seconds["divprune:0.1"]))
-    together = [(few["reduce"] + few["prefill"]) / full["prefill"] for full, few in pairs]
-    charged = [few["reduce"] / (full["prefill"] - few["prefill"]) for full, few in pairs]
-    medians = {
-        "selection_and_prefill_of_full": statistics.median(together),
-        "selection_of_saved": statistics.median(charged),
-    }
-    return {"runs": seconds, **medians}
+def through_the_launcher(names: list[str], repeat: int) -> dict[str, Any]:
+    """32 frames, 8,192 visual tokens, one rank: prefill with all of them beside selection and prefill at a tenth, by turns."""
+    command = [sys.executable, "-m", "launch", "run", "clip:bigbuckbunny", "--frames", "32", "--window", "32"]
+    command += ["--nproc", "1", "--max-new-tokens", "1", "--json", "--quiet", "--reduce"]
+    specs = {name: SPECS.get(name, name) + ":0.1" for name in names}
+    full: list[float] = []
+    few: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for turn in range(repeat):
+        full.append(_stages([*command, "identity"])["prefill"])
+        for name, spec in specs.items():
+            few[name].append(_stages([*command, spec]))
+            print(f"{turn + 1}/{repeat} {name}: {few[name][-1]}, full {full[-1]:.1f} s", file=sys.stderr, flush=True)
+    rows = []
+    for name, runs in few.items():
+        together = [(run["reduce"] + run["prefill"]) / whole for run, whole in zip(runs, full)]
+        charged = [run["reduce"] / (whole - run["prefill"]) for run, whole in zip(runs, full)]
+        medians = {
+            "selection_and_prefill_of_full": statistics.median(together),
+            "selection_of_saved": statistics.median(charged),
+        }
+        rows.append({"method": name, "spec": specs[name], **medians, "runs": runs})
+    return {"full_prefill_seconds": full, "rows": rows}
+
+
+def _stages(command: list[str]) -> dict[str, float]:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    seconds = json.loads(done.stdout)["seconds"]
+    return {stage: seconds[stage] for stage in ("reduce", "prefill")}

@@ -23,14 +23,14 @@ class Batch:
         x: (B, n, D) features.
         grid: (T, h, w) of each unit, T h w = n.
         channels: (B, n, ...) what the method needs, by name.
-        text: (m, D) that goes with these units, or None.
+        texts: (m, D) that goes with each unit, or None.
         seeds: for each unit, the seed of its own chance.
     """
 
     x: Tensor
     grid: tuple[int, int, int]
     channels: Mapping[str, Tensor] = field(default_factory=dict)
-    text: Tensor | None = None
+    texts: tuple[Tensor | None, ...] = ()
     seeds: tuple[int, ...] = ()
 
     def units(self, channel: str | None = None, center: bool = False, mean_heads: bool = False) -> Tensor:
@@ -53,7 +53,13 @@ class Batch:
         """One unit alone."""
         part = slice(unit, unit + 1)
         channels = {name: value[part] for name, value in self.channels.items()}
-        return Batch(self.x[part], self.grid, channels, self.text, self.seeds[part])
+        return Batch(self.x[part], self.grid, channels, self.texts[part], self.seeds[part])
+
+    @property
+    def text(self) -> Tensor | None:
+        """Of a batch of one unit."""
+        assert len(self.x) == 1
+        return self.texts[0] if self.texts else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -71,10 +71,15 @@ def spread(count: int, parts: int) -> list[int]:
 
 
 def rest(length: int, taken: Tensor) -> Tensor:
-    """The numbers 0..length-1 that are not in `taken`, ascending."""
-    free = torch.ones(length, dtype=torch.bool, device=taken.device)
-    free[taken] = False
-    return free.nonzero()[:, 0]
+    """The numbers 0..length-1 that are not among the distinct ones of `taken` (..., m), ascending, (..., length - m)."""
+    free = torch.ones((*taken.shape[:-1], length), dtype=torch.bool, device=taken.device)
+    numbers = torch.arange(length, device=taken.device).expand_as(free)
+    return numbers[free.scatter(-1, taken, False)].view(*taken.shape[:-1], length - taken.shape[-1])
+
+
+def rows_at(x: Tensor, index: Tensor) -> Tensor:
+    """Rows (B, m, D) of x (B, n, D) at index (B, m)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def nearest(rows: Tensor, targets: Tensor) -> Tensor:

@@ -102,6 +102,18 @@ class UnitReducer(Reducer):
         return int(torch.randint(2**40, (), generator=generator, device=generator.device))
 
 
+@dataclass(frozen=True, kw_only=True)
+class BatchReducer(UnitReducer):
+    """Base of methods that choose in all units of one shape at once: they write `select`."""
+
+    @abstractmethod
+    def select(self, batch: Batch, count: int) -> Sequence[Selection]:
+        """See UnitReducer."""
+
+    def select_one(self, batch: Batch, count: int) -> Selection:
+        return self.select(batch, count)[0]
+
+
 def used_channels(method: Reducer, shard: TokenShard) -> list[str]:
     """Channels with one entry per token that the method looks at: what it needs, and of what it wants what there is."""
     return sorted((method.needs - {"text"}) | (method.wants & set(shard.channels)))
@@ -159,9 +171,9 @@ class _Pieces:
     def batch(self, numbers: Sequence[int]) -> Batch:
         """Units of one grid and count as one batch."""
         parts = {name: torch.stack([self._rows(name, i) for i in numbers]) for name in self.planes}
-        unit = self.units[numbers[0]]
-        text = text_of(self.shard.channels, unit.item)
-        return Batch(parts.pop("x"), unit.grid, parts, text, tuple(self.units[i].seed for i in numbers))
+        units = [self.units[i] for i in numbers]
+        texts = tuple(text_of(self.shard.channels, unit.item) for unit in units)
+        return Batch(parts.pop("x"), units[0].grid, parts, texts, tuple(unit.seed for unit in units))
 
     def _rows(self, name: str, number: int) -> Tensor:
         if number not in self.cut:
@@ -171,12 +183,12 @@ class _Pieces:
 
 
 def _alike(units: Sequence[Unit], touched: Sequence[int]) -> Iterator[list[int]]:
-    """Runs of units that can be one batch: same item, grid and count, and not too large together."""
+    """Runs of units that can be one batch: same grid and count, and not too large together."""
     groups: dict[tuple, list[int]] = {}
     for number in touched:
         unit = units[number]
-        groups.setdefault((unit.item, unit.grid, unit.count), []).append(number)
-    for (_, (t, h, w), _), numbers in groups.items():
+        groups.setdefault((unit.grid, unit.count), []).append(number)
+    for ((t, h, w), _), numbers in groups.items():
         size = max(1, _MATRIX_ENTRIES // (t * h * w) ** 2)
         yield from (numbers[i : i + size] for i in range(0, len(numbers), size))
 

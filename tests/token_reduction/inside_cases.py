@@ -48,7 +48,7 @@ def decoder(layers: int = 6) -> list[TinyBlock]:
     return [TinyBlock(seed) for seed in range(layers)]
 
 
-def prompt(frames: int = 3, h: int = 2, w: int = 4, seed: int = 0, text: int = 5) -> Prompt:
+def prompt(frames: int = 3, h: int = 2, w: int = 4, seed: int = 0, text: int = 5, planes: bool = False) -> Prompt:
     """Three system rows, frames, question rows; M-RoPE positions; two examples, the second the query."""
     g = torch.Generator().manual_seed(seed)
     n = frames * h * w
@@ -70,6 +70,7 @@ def prompt(frames: int = 3, h: int = 2, w: int = 4, seed: int = 0, text: int = 5
         cells=torch.stack([fill(axes[1]), fill(axes[2])], 1),
         samples=samples,
         importance=torch.rand(rows, generator=g, dtype=torch.float64),
+        planes=torch.randn(n, 3, WIDTH, generator=g, dtype=torch.float64) if planes else None,
     )
 
 
@@ -81,11 +82,12 @@ def full_map(block: TinyBlock, hidden: Tensor, positions: Tensor, allowed: Tenso
     return torch.softmax(logits.masked_fill(~allowed, -1e30), -1), k, v
 
 
-def masked_run(blocks, hidden, positions, alive, replaced, steps):
+def masked_run(blocks, hidden, positions, alive, replaced, steps, planes=None):
     """All rows through all layers; at layer l only keys of `alive[l]` are seen (and a row sees itself).
 
     alive: for each layer the prompt's rows that entered it. replaced: layer -> (rows, matrix): hidden rows that merges wrote
     after that layer. steps: (m, D) new rows behind the prompt, decoded at the next positions; they stay alive everywhere.
+    planes: (S, layers, D), added after the first layers and merged as their rows are.
     """
     new = torch.arange(len(steps)).repeat(len(positions), 1) + int(positions.max()) + 1
     hidden, positions = torch.cat([hidden, steps]), torch.cat([positions, new], 1)
@@ -98,9 +100,13 @@ def masked_run(blocks, hidden, positions, alive, replaced, steps):
         allowed = (rows[:, None] >= rows) & (seen | torch.eye(len(rows), dtype=torch.bool))
         a, _, v = full_map(block, hidden, positions, allowed)
         hidden = block.finish(hidden, torch.einsum("hqk,khd->qhd", a, v), torch.ones(len(hidden)))
+        if planes is not None and layer < planes.shape[1]:
+            hidden[:prompt_rows] += planes[:, layer]
         if layer in replaced:
             kept, matrix, entered = replaced[layer]
             hidden[kept] = matrix @ hidden[entered]
+            if planes is not None:
+                planes[kept] = torch.einsum("mv,vld->mld", matrix, planes[entered])
     return hidden
 
 
@@ -116,4 +122,4 @@ def everything(seed: int = 0):
 
 
 def best(score, rows, count):
-    return sorted(sorted(rows, key=lambda r: (-float(score[r]), r))[:count])
+    return sorted(sorted(rows, key=lambda r: (-float(score.detach()[r]), r))[:count])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.token_reduction.cases import keep, one
-from token_reduction import Budget, build
+from token_reduction import Budget, VisualTokens, build
 from token_reduction.isolation import most_isolated
 from token_reduction.rows import UnitRows
 from tokenring.transport import connect
@@ -138,3 +138,20 @@ def test_the_search_for_the_first_equals_all_pairs(rows, width, seed, coarse):
         found = most_isolated(units, torch.arange(rows), connect(None), strides)
         assert found.index == int(nearest.argmax())
         assert found.distance == float(nearest.max())
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_many_small_items_at_once_equal_one_after_another(center, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(5 * 30, 7, generator=g)
+    x[30:45] = x[45:60]  # duplicates
+    x[70] = 0
+    tokens = VisualTokens(x, [30 * i for i in range(6)], [(2, 3, 5)] * 5, torch.arange(150)[None])
+    for count in (1, 8, 30):
+        method = build("divprune", center=center)
+        together = method.reduce(tokens, Budget.count(count))
+        monkeypatch.setattr("token_reduction.reducers.divprune._SMALL", 0)
+        alone = method.reduce(tokens, Budget.count(count))
+        monkeypatch.undo()
+        assert together.index.tolist() == alone.index.tolist()
+        assert together.scores.tolist() == alone.scores.tolist()

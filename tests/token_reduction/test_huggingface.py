@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from token_reduction.inside import TEXT, VISUAL, Prompt, Yopo, decode, fastv, prefill, vtw
+from tests.launch import tiny_models
+from token_reduction.inside import SYSTEM, TEXT, VISUAL, Prompt, Yopo, decode, fastv, prefill, vtw
 from token_reduction.integrations.huggingface import blocks
 
 SIZES = {
@@ -45,6 +46,43 @@ def test_without_a_policy_prefill_and_decoding_are_the_models_own(family):
         )
     expected = model(torch.cat([ids, more])[None]).logits[0]
     torch.testing.assert_close(torch.cat(got), expected, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["qwen25", "qwen3"])
+@torch.no_grad()
+def test_mrope_and_deepstack_decoders_equal_their_own_forward(family, tmp_path):
+    """The whole prompt with three position axes (and planes), then two rows at the next position on every axis."""
+    import transformers
+
+    maker, cls = {
+        "qwen25": (tiny_models.qwen25, "Qwen2_5_VLForConditionalGeneration"),
+        "qwen3": (tiny_models.qwen3, "Qwen3VLForConditionalGeneration"),
+    }[family]
+    model = getattr(transformers, cls).from_pretrained(maker(tmp_path), dtype=torch.float64).eval()
+    decoder, g = model.model.language_model, torch.Generator().manual_seed(0)
+    width, visual = decoder.config.hidden_size, 12
+    kinds = torch.tensor([SYSTEM] * 3 + [VISUAL] * visual + [TEXT] * 5)
+    hidden = torch.randn(20, width, generator=g, dtype=torch.float64)
+    places = torch.arange(visual)
+    positions = torch.arange(20).repeat(3, 1)
+    positions[:, 3:15] = 3 + torch.stack([places // 6, places % 6 // 3, places % 3])
+    positions[:, 15:] = torch.arange(5) + 6
+    planes = torch.randn(visual, 2, width, generator=g, dtype=torch.float64) if family == "qwen3" else None
+    state = prefill(blocks(model), Prompt(hidden, positions, kinds, planes=planes))
+    steps = torch.randn(2, width, generator=g, dtype=torch.float64)
+    got = torch.cat([decoder.norm(state.hidden), *(decoder.norm(decode(blocks(model), state, s[None])) for s in steps)])
+    deep = {} if planes is None else {
+        "visual_pos_masks": torch.cat([kinds == VISUAL, torch.zeros(2, dtype=torch.bool)])[None],
+        "deepstack_visual_embeds": list(planes.unbind(1)),
+    }  # fmt: skip
+    where = torch.cat([positions, torch.tensor([11, 12]).repeat(3, 1)], 1)
+    whole = torch.cat([hidden, steps])[None]
+    mask = torch.ones(1, 22, dtype=torch.bool)
+    expected = decoder(inputs_embeds=whole, position_ids=where[:, None], attention_mask=mask, **deep).last_hidden_state
+    torch.testing.assert_close(got, expected[0], atol=1e-5, rtol=1e-5)
+    shed = prefill(blocks(model), Prompt(hidden, positions, kinds, planes=planes), fastv(0, 0.25))
+    assert [len(cache.rows) for cache in shed.caches] == [20, *[11] * (len(shed.caches) - 1)]
+    assert shed.next_position.tolist() == [[11]] * 3
 
 
 @torch.no_grad()
@@ -89,7 +127,7 @@ def test_decoders_of_another_layout_are_refused():
     with pytest.raises(ValueError, match="no decoder layers"):
         blocks(transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)))
     model = tiny("Llama")
-    with pytest.raises(ValueError, match="one position axis, got 3"):
+    with pytest.raises(ValueError, match="have 1 axes, got 3"):
         blocks(model)[0].project(torch.zeros(2, 32, dtype=torch.float64), torch.zeros(3, 2, dtype=torch.int64))
     model.model.layers[1].mlp.up_proj.bias = torch.nn.Parameter(torch.zeros(48))
     with pytest.raises(ValueError, match="layer 1 has biases"):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 
-from tests.token_reduction.inside_cases import WIDTH, best, decoder, everything, masked_run, prompt
+from tests.token_reduction.inside_cases import WIDTH, best, decoder, everything, full_map, masked_run, prompt
 from token_reduction.inside import (
     TEXT,
     VISUAL,
@@ -46,9 +47,10 @@ POLICIES = [
 ]
 
 
+@pytest.mark.parametrize("planes", [False, True], ids=["", "deepstack"])
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p.name)
-def test_prefill_and_decoding_after_reduction_equal_the_masked_full_run(policy):
-    blocks, p = decoder(), prompt()
+def test_prefill_and_decoding_after_reduction_equal_the_masked_full_run(policy, planes):
+    blocks, p = decoder(), prompt(planes=planes)
     steps = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     state = prefill(blocks, p, policy)
     alive = [rows.clone() for rows in state.alive]
@@ -58,7 +60,11 @@ def test_prefill_and_decoding_after_reduction_equal_the_masked_full_run(policy):
             visual = alive[layer][p.kinds[alive[layer]] == VISUAL]
             replaced[layer] = (visual[decision.keep], decision.matrix, visual)
     decoded = torch.cat([decode(blocks, state, steps[i : i + 1]) for i in range(3)])
-    expected = masked_run(blocks, p.hidden, p.positions, alive, replaced, steps)
+    deep = None
+    if planes:
+        deep = torch.zeros(len(p.kinds), *p.planes.shape[1:], dtype=torch.float64)
+        deep[p.kinds == VISUAL] = p.planes
+    expected = masked_run(blocks, p.hidden, p.positions, alive, replaced, steps, deep)
     torch.testing.assert_close(state.hidden, expected[: len(p.kinds)][state.rows], atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(decoded, expected[len(p.kinds) :], atol=1e-9, rtol=1e-9)
     text = (p.kinds != VISUAL).nonzero()[:, 0]
@@ -143,6 +149,18 @@ def test_visiondrop_dominant_rows_and_targets():
     targets = others[:: len(others) // 3][:3]
     _, kept = first_layer(VisionDropStages(stages={0: (8, 3)}))
     assert kept == sorted([*dominant, *targets])
+
+
+def test_visiondrop_scores_with_the_next_layers_queries_and_keys():
+    p, blocks, policy = prompt(), decoder(2), VisionDropStages(stages={0: (8, 0)})
+    visual, rows = (p.kinds == VISUAL).nonzero()[:, 0].tolist(), torch.arange(len(p.kinds))
+    after = prefill(blocks[:1], p).hidden
+    maps = [full_map(blocks[0], p.hidden, p.positions, rows[:, None] >= rows)[0],
+            full_map(blocks[1], after, p.positions, rows[:, None] >= rows)[0]]  # fmt: skip
+    for ahead in (False, True):
+        state = prefill(blocks, p, replace(policy, ahead=ahead))
+        kept = [row for row in state.rows.tolist() if row in visual]
+        assert kept == best(maps[ahead][:, visual].mean((0, 1)), visual, 8)
 
 
 def test_todre_drops_all_exactly_when_both_shares_are_below_tau():

@@ -94,16 +94,21 @@ class ToDREStage2(LayerPolicy):
 @dataclass(frozen=True, kw_only=True)
 class VisionDropStages(LayerPolicy):
     """VisionDrop after the encoder: attention received from visual rows picks the dominant ones, the others gather at evenly
-    spaced targets by the cosine of their keys. `stages`: layer -> (dominant, contextual)."""
+    spaced targets by the cosine of their keys, mean over heads. `stages`: layer -> (dominant, contextual).
+
+    Queries and keys are those of the next layer, as published; `ahead=False` takes the layer's own, which costs nothing, as does
+    a stage behind the last layer. Targets become means; the released code adds the mean of what joins to the target."""
 
     name: str = "visiondrop"
     stages: dict[int, tuple[int, int]] = field(default_factory=lambda: {7: (30, 5), 15: (22, 4), 23: (16, 3)})
+    ahead: bool = True
 
     def after(self, view: View) -> Decision | None:
         dominant, contextual = self.stages.get(view.layer, (len(view.visual), 0))
         if dominant + contextual >= len(view.visual):
             return None
-        score = view.probe.received(view.alive[view.visual])[view.visual]
+        probe = view.ahead() if self.ahead and view.ahead is not None else view.probe
+        score = probe.received(view.alive[view.visual])[view.visual]
         first = top(score, dominant)
         others = rest(len(score), first)
         targets = others[:: max(1, len(others) // max(1, contextual))][:contextual]
@@ -111,7 +116,7 @@ class VisionDropStages(LayerPolicy):
         matrix = torch.zeros(len(keep), len(score), dtype=torch.float64, device=score.device)
         matrix[torch.arange(len(keep)), keep] = 1.0
         if contextual:
-            keys = unit_rows(view.probe.k[view.visual].mean(1))
+            keys = unit_rows(probe.k[view.visual].mean(1))
             joined = others[~torch.isin(others, targets)]
             place = torch.searchsorted(keep, targets.contiguous())
             matrix[place[nearest(keys[joined], keys[targets])], joined] = 1.0

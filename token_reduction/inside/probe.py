@@ -63,6 +63,17 @@ class Probe:
                 f"{tuple(self.q_order.shape)}, {tuple(self.k_order.shape)}"
             )
 
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, order: Tensor, scale: float | None = None) -> Probe:
+        """The causal probe of queries and keys of the same rows on one rank, where no back end has given the lse: it is made
+        here, in blocks. q (S, H, D), k (S, Hk, D), order (S,)."""
+        probe = cls(q, k, q.new_zeros(q.shape[1], len(q)), order, order, scale)
+        factor, step = scale or q.shape[-1] ** -0.5, max(1, _BLOCK_ENTRIES // max(1, q.shape[1] * len(k)))
+        cuts = [slice(first, first + step) for first in range(0, len(q), step)]
+        parts = [probe._logits(q[cut], order[cut], factor).logsumexp(-1) for cut in cuts]
+        lse = torch.cat(parts, 1) if parts else probe.lse
+        return cls(q, k, lse, order, order, scale)
+
     @cached_property
     def _wire(self) -> Transport:
         return self.transport or SingleRank()

@@ -10,7 +10,7 @@ its attention.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -81,23 +81,52 @@ def prefill(
     after = prompt.positions.amax(1, keepdim=True).amax(0, keepdim=True).expand(prompt.positions.shape[0], 1) + 1
     result = Prefill(hidden, alive, [], [], prompt, after, prompt.kinds.clone())
     notes: dict[str, Tensor] = {}
+    planes = prompt.planes
     for layer, block in enumerate(blocks):
         hidden, cache, lse, q, asked = _layer(block, layer, prompt, alive, hidden, form)
+        if planes is not None and layer < planes.shape[1]:
+            hidden = hidden.clone()
+            hidden[prompt.kinds[alive] == VISUAL] += planes[:, layer].to(hidden)
         result.alive.append(alive)
         result.caches.append(cache)
-        view = View(layer, len(blocks), prompt, cache.rows, _at(hidden, alive, cache.rows), _probe(q, cache, lse, asked),
-                    cache.v, notes)  # fmt: skip
+        here, probe = _at(hidden, alive, cache.rows), Probe(q, cache.k, lse, asked, cache.rows)
+        ahead = _ahead(blocks, layer, prompt, cache.rows, here)
+        view = View(layer, len(blocks), prompt, cache.rows, here, probe, cache.v, notes, ahead)
         decision = policy.after(view)
         if decision is not None:
             notes |= decision.notes
             result.decisions[layer] = decision
+            planes = _planes(planes, prompt, view, alive, decision)
             alive, hidden = _shed(view, alive, hidden, decision)
     result.hidden, result.rows = hidden, alive
     return result
 
 
-def _probe(q: Tensor, cache: LayerCache, lse: Tensor, asked: Tensor) -> Probe:
-    return Probe(q, cache.k, lse, asked, cache.rows)
+def _ahead(
+    blocks: Sequence[Block], layer: int, prompt: Prompt, rows: Tensor, hidden: Tensor
+) -> Callable[[], Probe] | None:
+    if layer + 1 == len(blocks):
+        return None
+
+    def probe() -> Probe:
+        q, k, _ = blocks[layer + 1].project(hidden, prompt.positions[:, rows])
+        return Probe.of(q, k, rows)
+
+    return probe
+
+
+def _planes(planes: Tensor | None, prompt: Prompt, view: View, alive: Tensor, decision: Decision) -> Tensor | None:
+    """Planes (v, layers, D) of the visual rows that go on."""
+    if planes is None or decision.keep is None:
+        return planes
+    visual = alive[prompt.kinds[alive] == VISUAL]
+    seen = torch.searchsorted(visual, view.alive[view.visual])
+    planes, stays = planes.clone(), torch.ones_like(visual, dtype=torch.bool)
+    if decision.matrix is not None:
+        planes[seen[decision.keep]] = torch.einsum("mv,vld->mld", decision.matrix.to(planes.dtype), planes[seen])
+    stays[seen] = False
+    stays[seen[decision.keep]] = True
+    return planes[stays]
 
 
 def _at(hidden: Tensor, alive: Tensor, rows: Tensor) -> Tensor:

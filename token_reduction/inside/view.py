@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +23,8 @@ class Prompt:
         frames: (S,) int64 frame of a visual row, -1 elsewhere. cells: (S, 2) line and column in the frame.
         samples: (S,) int64 number of the example in an in-context prompt; the last number is the query.
         importance: (S,) a score made before the model and carried through it, or None.
+        planes: (visual rows, layers, D) added to the visual rows after the first layers (DeepStack), or None. They leave and
+            merge with their rows.
     """
 
     hidden: Tensor
@@ -32,6 +34,7 @@ class Prompt:
     cells: Tensor | None = None
     samples: Tensor | None = None
     importance: Tensor | None = None
+    planes: Tensor | None = None
 
     def __post_init__(self) -> None:
         rows = self.hidden.shape[0]
@@ -43,6 +46,14 @@ class Prompt:
             value = getattr(self, name)
             if value is not None and value.shape[0] != rows:
                 raise ValueError(f"{name} has {value.shape[0]} entries for {rows} rows; give one for each")
+        visual = int((self.kinds == VISUAL).sum())
+        if self.planes is not None and (
+            self.planes.dim() != 3 or self.planes.shape[::2] != (visual, self.hidden.shape[1])
+        ):
+            raise ValueError(
+                f"planes are ({visual} visual rows, layers, {self.hidden.shape[1]}), got {tuple(self.planes.shape)}; "
+                "give those of the visual rows of the prompt, in their order"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +65,7 @@ class View:
         prompt: the whole prompt; alive: (n,) int64 its rows that are alive, ascending.
         hidden: (n, D) after the layer. probe: of the layer; keys: (n, Hk, D) its rotated keys, values alike.
         earlier: what the policy noted at earlier layers.
+        ahead: a call that gives the probe of the next layer's queries and keys of these rows, or None behind the last layer.
     """
 
     layer: int
@@ -64,6 +76,7 @@ class View:
     probe: Probe
     values: Tensor
     earlier: Mapping[str, Tensor] = field(default_factory=dict)
+    ahead: Callable[[], Probe] | None = None
 
     def rows(self, kind: int) -> Tensor:
         """Alive rows of a kind, as places in `alive`."""

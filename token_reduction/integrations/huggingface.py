@@ -5,7 +5,9 @@
     logits = model.lm_head(model.model.norm(state.hidden[-1:]))
     hidden = decode(blocks(model), state, model.get_input_embeddings()(token))
 
-Fits Llama, Qwen2, Qwen3, Mistral and others of the same layout with one position axis.
+Fits Llama, Qwen2, Qwen3, Mistral and others of the same layout, and the language models of Qwen2.5-VL and Qwen3-VL, whose
+positions have three axes (`Prompt.positions` (3, S)) and, in Qwen3-VL, DeepStack planes (`Prompt.planes`): `blocks` takes the
+whole model or its language model.
 """
 
 from __future__ import annotations
@@ -26,12 +28,13 @@ class DecoderBlock:
 
     def __init__(self, layer: Any, rotary: Any) -> None:
         self.layer, self.rotary = layer, rotary
+        self.axes = 3 if hasattr(rotary, "mrope_section") else 1
 
     def project(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `Block`."""
-        if positions.shape[0] != 1:
+        if positions.shape[0] != self.axes:
             raise ValueError(
-                f"this adapter takes one position axis, got {positions.shape[0]}; M-RoPE decoders need a Block of their own"
+                f"this decoder's rotary positions have {self.axes} axes, got {positions.shape[0]}; give positions ({self.axes}, S)"
             )
         attention, rows = self.layer.self_attn, hidden.shape[0]
         x = self.layer.input_layernorm(hidden)
@@ -40,7 +43,8 @@ class DecoderBlock:
         )
         if hasattr(attention, "q_norm"):
             q, k = attention.q_norm(q), attention.k_norm(k)
-        cos, sin = (part[0][:, None] for part in self.rotary(hidden[None], positions))
+        turned = self.rotary(hidden[None], positions[:, None] if self.axes == 3 else positions)
+        cos, sin = (part[0][:, None] for part in turned)
         return _turned(q, cos, sin), _turned(k, cos, sin), v
 
     def finish(self, hidden: Tensor, mixed: Tensor, share: Tensor) -> Tensor:

@@ -15,11 +15,11 @@ import torch
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.selectors.pairs import merge_rounds
-from token_reduction.unit_reducer import UnitReducer
+from token_reduction.unit_reducer import BatchReducer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Aim(UnitReducer):
+class Aim(BatchReducer):
     """Keep k rows of each frame by bipartite merging of features; a merged row is the plain mean of its rows.
 
     A quarter of the tokens takes two rounds (n/2, then n/4), as published; other counts take as many as they need.
@@ -38,9 +38,6 @@ class Aim(UnitReducer):
     def select(self, batch: Batch, count: int) -> Sequence[Selection]:
         merged = merge_rounds(batch.x, count, sized=False, best_first=self.variant == "released")
         return [rows_of(*parts) for parts in zip(*merged)]
-
-    def select_one(self, batch: Batch, count: int) -> Selection:
-        return self.select(batch, count)[0]
 
 
 def rows_of(anchor: torch.Tensor, group: torch.Tensor, weight: torch.Tensor) -> Selection:

@@ -9,27 +9,32 @@ merging non-primary tokens (its cluster algorithm is not public: ours is the sam
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from token_reduction.batch import Batch, Selection
-from token_reduction.exact import rest, top
-from token_reduction.selectors.cluster import density_peaks, join_nearest, scaled_rows
-from token_reduction.unit_reducer import UnitReducer
+from token_reduction.exact import rest, rows_at, top
+from token_reduction.selectors.cluster import density_peaks, join_nearest, longest, scaled_rows
+from token_reduction.unit_reducer import BatchReducer
+
+_FALLBACK = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class SeTok(UnitReducer):
+class SeTok(BatchReducer):
     """Keep k clusters of each frame, each the mean of its tokens at its centre.
 
     Args:
         neighbours: nearest rows that make a density.
         threshold: score above which "paper" and "released" take a centre.
-        variant: "best" takes the k best centres. "paper" and "released" take the centres whose score, relative to the best, is
-            above `threshold`, k at most (`count` is an upper bound). The released code breaks ties with noise; here the
-            lowest index wins. The trained attention inside and between clusters is not part of this.
+        variant: "best" takes the k best centres. "paper" and "released" take the centres whose score is above `threshold`, with
+            distances over sqrt(D), or the best 64 where none is; k at most (`count` is an upper bound). The released code
+            breaks ties with noise; here the lowest index wins. The trained attention inside and between clusters is not part
+            of this.
 
     Scores: density x delta.
     """
@@ -47,17 +52,26 @@ class SeTok(UnitReducer):
     def adaptive(self) -> bool:
         return self.variant != "best"
 
-    def select_one(self, batch: Batch, count: int) -> Selection:
-        rows = scaled_rows(batch.x[0])
-        score = density_peaks(rows, self.neighbours)
+    def select(self, batch: Batch, count: int) -> Sequence[Selection]:
+        rows = scaled_rows(batch.x)
         if self.adaptive:
-            count = max(1, min(count, int((score > self.threshold * score.max()).sum())))
+            score = density_peaks(rows, self.neighbours, longest(batch.x) ** 2 / rows.shape[-1])
+            found = (score > self.threshold).sum(-1).tolist()
+            counts = [min(count, number or _FALLBACK) for number in found]
+            return [self.clusters(*unit) for unit in zip(rows, score, counts)]
+        score = density_peaks(rows, self.neighbours)
+        centres = top(score, count).sort().values
+        return [Selection.groups(*unit) for unit in zip(centres, join_nearest(rows, centres), score)]
+
+    @staticmethod
+    def clusters(rows: Tensor, score: Tensor, count: int) -> Selection:
+        """One unit's `count` clusters."""
         centres = top(score, count).sort().values
         return Selection.groups(centres, join_nearest(rows, centres), score)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Vmtc(UnitReducer):
+class Vmtc(BatchReducer):
     """Keep k rows of each frame: primary tokens by [CLS] attention, the others merged in density-peak clusters.
 
     Args:
@@ -82,14 +96,15 @@ class Vmtc(UnitReducer):
         if not 0 <= self.primary <= 1:
             raise ValueError(f"primary is a share in 0..1, got {self.primary!r}")
 
-    def select_one(self, batch: Batch, count: int) -> Selection:
-        attention = batch.attention()[0]
+    def select(self, batch: Batch, count: int) -> Sequence[Selection]:
+        attention, n = batch.attention(), batch.x.shape[1]
         first = top(attention, min(count - 1, round(self.primary * count)))
-        others = rest(len(attention), first)
-        rows = scaled_rows(batch.x[0, others])
-        centres = top(density_peaks(rows, self.neighbours), count - len(first)).sort().values
-        kept = torch.cat([first, others[centres]]).sort().values
+        others = rest(n, first)
+        rows = scaled_rows(rows_at(batch.x, others))
+        centres = top(density_peaks(rows, self.neighbours), count - first.shape[1]).sort().values
+        merged = others.gather(1, centres)
+        kept = torch.cat([first, merged], 1).sort().values
         group = torch.full_like(attention, -1, dtype=torch.int64)
-        group[first] = torch.searchsorted(kept, first)
-        group[others] = torch.searchsorted(kept, others[centres])[join_nearest(rows, centres)]
-        return Selection.groups(kept, group, attention)
+        group.scatter_(1, first, torch.searchsorted(kept, first.contiguous()))
+        group.scatter_(1, others, torch.searchsorted(kept, merged).gather(1, join_nearest(rows, centres)))
+        return [Selection.groups(*unit) for unit in zip(kept, group, attention)]

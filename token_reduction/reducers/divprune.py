@@ -16,13 +16,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
+from token_reduction.exact import unit_rows
 from token_reduction.reducer import Reducer, refuse_unfinite
 from token_reduction.reduction import Reduction
 from token_reduction.rows import UnitRows, item_mean
-from token_reduction.selectors.farthest import Farthest
+from token_reduction.selectors.farthest import Farthest, farthest_batch
 from token_reduction.tokens import TokenShard
 from tokenring.transport import Transport
+
+_SMALL = 1024  # tokens of an item whose distances may all be held
+_TOGETHER = 2**23  # distances held at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +44,8 @@ class DivPrune(Reducer):
     Scores: for a kept token its distance when it was chosen (the first: to its nearest other token), for the others the
     distance to the nearest kept token in the end. 0 to 2; float32.
 
-    Time O(k n D) and, for the first token, O(n^2 D) at worst, far less where tokens have near neighbours; memory O(n).
+    Many small items of one size are chosen in at once. Time O(k n D) and, for the first token, O(n^2 D) at worst, far less where
+    tokens have near neighbours; memory O(n).
     An all-zero token is at 1/2 from every other and at 0 from its like.
 
     >>> from token_reduction import Budget, VisualTokens
@@ -70,16 +76,38 @@ class DivPrune(Reducer):
         generator: torch.Generator | None,
     ) -> Reduction:
         scores = torch.zeros(shard.x.shape[0], device=shard.x.device)
-        kept, bounds, lengths = [], shard.bounds, shard.cu_seqlens.diff().tolist()
+        bounds, lengths = shard.bounds, shard.cu_seqlens.diff().tolist()
+        kept = self.together(shard, counts, lengths, scores) if transport.world == 1 else {}
         for item, count in enumerate(counts):
             part = slice(bounds[item], bounds[item + 1])
+            if item in kept:
+                continue
             if count == 0:
-                kept.append(shard.global_index[:0])
+                kept[item] = shard.global_index[:0]
                 continue
             mean = item_mean(shard.x[part], lengths[item], transport) if self.center else None
             rows, index = UnitRows(shard.x[part], mean), shard.global_index[part]
             _, height, width = shard.grid[item]
             greedy = Farthest(rows, index, again=self.variant == "released", frame=height * width)
-            kept.append(greedy.run(count, transport).sort().values)
+            kept[item] = greedy.run(count, transport).sort().values
             scores[part] = greedy.scores.float()
-        return Reduction.keep(shard, kept, scores)
+        return Reduction.keep(shard, [kept[item] for item in range(len(counts))], scores)
+
+    def together(
+        self, shard: TokenShard, counts: Sequence[int], lengths: Sequence[int], scores: Tensor
+    ) -> dict[int, Tensor]:
+        """Small items of equal length and count, many at a time: item -> kept rows; fills in their scores."""
+        kept: dict[int, Tensor] = {}
+        alike: dict[tuple[int, int], list[int]] = {}
+        for item, (length, count) in enumerate(zip(lengths, counts)):
+            if count and length <= _SMALL and self.variant != "released":
+                alike.setdefault((length, count), []).append(item)
+        for (length, count), items in alike.items():
+            step = max(1, _TOGETHER // length**2)
+            for group in (items[i : i + step] for i in range(0, len(items), step)):
+                starts = shard.cu_seqlens[group].to(shard.x.device)
+                rows = starts[:, None] + torch.arange(length, device=shard.x.device)
+                order, worth = farthest_batch(unit_rows(shard.x[rows], self.center), count)
+                scores[rows] = worth.float()
+                kept |= zip(group, starts[:, None] + order.sort().values)
+        return kept

@@ -17,11 +17,11 @@ from torch import Tensor
 from token_reduction.batch import Batch, Selection
 from token_reduction.budget import Budget
 from token_reduction.reducers.pool import Pool
-from token_reduction.unit_reducer import UnitReducer
+from token_reduction.unit_reducer import BatchReducer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Downsample(UnitReducer):
+class Downsample(BatchReducer):
     """Keep (T, h', w') rows per item, the largest grid that fits the budget (as `pool`), each interpolated from its four
     nearest tokens and placed at the nearest of them.
 
@@ -45,9 +45,6 @@ class Downsample(UnitReducer):
         middle_y, middle_x = _middles(h, a), _middles(w, b)
         kept = (middle_y[:, None] * w + middle_x).flatten().to(batch.x.device)
         return [Selection.weighted(kept, matrix)] * batch.x.shape[0]
-
-    def select_one(self, batch: Batch, count: int) -> Selection:
-        return self.select(batch, count)[0]
 
 
 def _places(length: int, cells: int) -> Tensor:

@@ -9,6 +9,7 @@ Source: LLaVA-PruMerge, "Adaptive Token Reduction for Efficient Large Multimodal
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 
 from token_reduction.batch import Batch, Selection
-from token_reduction.exact import evenly, rest, top
-from token_reduction.unit_reducer import UnitReducer
+from token_reduction.exact import evenly, rest, rows_at, top
+from token_reduction.unit_reducer import BatchReducer
 
 
 def outliers(attention: Tensor) -> int:
@@ -31,7 +32,7 @@ def outliers(attention: Tensor) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruMerge(UnitReducer):
+class PruMerge(BatchReducer):
     """Keep k rows of each frame: k - 1 tokens with what is like them, and one row that gathers the rest.
 
     Args:
@@ -56,29 +57,36 @@ class PruMerge(UnitReducer):
     def adaptive(self) -> bool:
         return self.variant != "best"
 
-    def select_one(self, batch: Batch, count: int) -> Selection:
-        attention, keys = batch.attention()[0], batch.units("keys")[0]
-        chosen = self.chosen(attention, count - 1 if count > 1 else 1)
-        others = rest(len(attention), chosen)
-        last = others[attention[others].argmax()][None] if count > 1 and len(others) else chosen[:0]
-        kept = torch.cat([chosen, last]).sort().values
-        matrix = attention.new_zeros(len(kept), len(attention))
-        cosine = keys[chosen] @ keys.mT
-        cosine[torch.arange(len(chosen)), chosen] = -torch.inf
-        near = top(cosine, min(self.neighbours, len(attention) - 1))
-        place = torch.searchsorted(kept, chosen)
-        matrix[place[:, None], near] = attention[near]
-        matrix[place, chosen] = 1.0
-        if len(last):
-            matrix[torch.searchsorted(kept, last)[:, None], others] = attention[others]
+    def select(self, batch: Batch, count: int) -> Sequence[Selection]:
+        if self.adaptive and len(batch.x) > 1:  # each unit has a count of its own
+            return [self.select(batch.single(unit), count)[0] for unit in range(len(batch.x))]
+        attention, keys = batch.attention(), batch.units("keys")
+        chosen, n = self.chosen(attention, max(1, count - 1)), attention.shape[1]
+        others = rest(n, chosen)
+        gathers = count > 1 and others.shape[1] > 0
+        last = others.gather(1, attention.gather(1, others).argmax(1, keepdim=True)) if gathers else chosen[:, :0]
+        kept = torch.cat([chosen, last], 1).sort().values
+        cosine = rows_at(keys, chosen) @ keys.mT
+        cosine.scatter_(2, chosen[..., None], -torch.inf)
+        near = top(cosine, min(self.neighbours, n - 1))
+        weight = torch.zeros_like(cosine)
+        weight.scatter_(2, near, attention[:, None].expand_as(weight).gather(2, near))
+        weight.scatter_(2, chosen[..., None], 1.0)
+        place = torch.searchsorted(kept, chosen.contiguous())
+        matrix = attention.new_zeros(*kept.shape, n)
+        matrix.scatter_(1, place[..., None].expand_as(weight), weight)
+        if gathers:
+            around = torch.zeros_like(attention).scatter_(1, others, attention.gather(1, others))
+            at = torch.searchsorted(kept, last)
+            matrix.scatter_(1, at[..., None].expand(-1, -1, n), around[:, None])
         if self.variant == "best":
-            matrix = matrix / matrix.sum(1, keepdim=True).clamp_min(1e-300)
-        return Selection.weighted(kept, matrix, attention)
+            matrix = matrix / matrix.sum(-1, keepdim=True).clamp_min(1e-300)
+        return [Selection.weighted(*unit) for unit in zip(kept, matrix, attention)]
 
     def chosen(self, attention: Tensor, count: int) -> Tensor:
-        """Tokens kept before merging, `count` or, adaptive, at most `count`."""
+        """(B, m) tokens kept before merging, `count` or, adaptive, at most `count` (of one unit)."""
         if self.adaptive:
-            count = max(1, min(count, outliers(attention)))
+            count = max(1, min(count, outliers(attention[0])))
         return top(attention, count)
 
 
@@ -98,13 +106,14 @@ class PruMergePlus(PruMerge):
     source: ClassVar[str] = "LLaVA-PruMerge+"
 
     def chosen(self, attention: Tensor, count: int) -> Tensor:
-        if self.adaptive:
-            found = max(1, min(count, outliers(attention)))
-            first = top(attention, found)
-            step = max(1, int(len(attention) // found / 3))
-            grid = torch.arange(0, len(attention) - 1, step, device=attention.device)
-            grid = grid[~torch.isin(grid, first)]
-            return torch.cat([first, grid[evenly(len(grid), min(len(grid), count - found))]])
-        first = top(attention, max(1, round(self.attended * count)))
-        others = rest(len(attention), first)
-        return torch.cat([first, others[evenly(len(others), count - len(first)).to(others.device)]])
+        n = attention.shape[1]
+        if not self.adaptive:
+            first = top(attention, max(1, round(self.attended * count)))
+            others = rest(n, first)
+            spread = evenly(others.shape[1], count - first.shape[1]).to(others.device)
+            return torch.cat([first, others[:, spread]], 1)
+        found = max(1, min(count, outliers(attention[0])))
+        first = top(attention, found)
+        grid = torch.arange(0, n - 1, max(1, int(n // found / 3)), device=attention.device)
+        grid = grid[~torch.isin(grid, first)]
+        return torch.cat([first, grid[evenly(len(grid), min(len(grid), count - found)).to(grid.device)][None]], 1)

@@ -8,18 +8,19 @@ Source: "Token Transforming: A Unified and Training-Free Token Compression Frame
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from token_reduction.batch import Batch, Selection
-from token_reduction.exact import top
-from token_reduction.unit_reducer import UnitReducer
+from token_reduction.exact import rows_at, top
+from token_reduction.unit_reducer import BatchReducer
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenTransforming(UnitReducer):
+class TokenTransforming(BatchReducer):
     """Keep k rows of each frame, each a weighted mean of the tokens most like it.
 
     Args:
@@ -44,13 +45,16 @@ class TokenTransforming(UnitReducer):
         if self.sources < 1:
             raise ValueError(f"a row draws from at least 1 token, got sources={self.sources!r}; 1 is pruning")
 
-    def select_one(self, batch: Batch, count: int) -> Selection:
-        attention, q = batch.attention()[0], batch.units()[0]
+    def select(self, batch: Batch, count: int) -> Sequence[Selection]:
+        attention, q = batch.attention(), batch.units()
         kept = top(attention, count).sort().values
-        cosine = q[kept] @ q.mT
-        cosine[torch.arange(count), kept] = 2.0  # a row always draws from its own token, duplicates or not
-        near = top(cosine, min(self.sources, len(q)))
-        logits = cosine.gather(1, near).clamp(max=1.0) * self.temperature
-        weight = torch.softmax(logits, 1)
-        rows = torch.arange(count, device=kept.device)[:, None].expand_as(near)
-        return Selection.merge(kept, rows.reshape(-1), near.reshape(-1), weight.reshape(-1), attention)
+        cosine = rows_at(q, kept) @ q.mT
+        cosine.scatter_(2, kept[..., None], 2.0)  # a row always draws from its own token, duplicates or not
+        near = top(cosine, min(self.sources, q.shape[1]))
+        logits = cosine.gather(2, near).clamp(max=1.0) * self.temperature
+        weight = torch.softmax(logits, -1)
+        row = torch.arange(count, device=kept.device)[:, None].expand_as(near[0]).reshape(-1)
+        return [
+            Selection.merge(k, row, source.reshape(-1), share.reshape(-1), score)
+            for k, source, share, score in zip(kept, near, weight, attention)
+        ]

@@ -15,11 +15,11 @@ from typing import ClassVar
 from token_reduction.batch import Batch, Selection
 from token_reduction.reducers.aim import rows_of
 from token_reduction.selectors.pairs import merge_rounds
-from token_reduction.unit_reducer import UnitReducer
+from token_reduction.unit_reducer import BatchReducer
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToMe(UnitReducer):
+class ToMe(BatchReducer):
     """Keep k rows of each frame, every row the mean of its tokens. Keys are averaged over heads where these are told apart.
 
     Args:
@@ -47,6 +47,3 @@ class ToMe(UnitReducer):
         keys = keys.double().mean(2) if keys.dim() == 4 else keys.flatten(2)
         merged = merge_rounds(keys, count, self.per_round, sized=True)
         return [rows_of(*parts) for parts in zip(*merged)]
-
-    def select_one(self, batch: Batch, count: int) -> Selection:
-        return self.select(batch, count)[0]

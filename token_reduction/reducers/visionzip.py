@@ -8,18 +8,20 @@ Source: VisionZip, "Longer is Better but Not Necessary in Vision Language Models
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from token_reduction.batch import Batch, Selection
-from token_reduction.exact import nearest, rest, top
-from token_reduction.unit_reducer import UnitReducer
+from token_reduction.exact import nearest, rest, rows_at, top
+from token_reduction.unit_reducer import BatchReducer
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionZip(UnitReducer):
+class VisionZip(BatchReducer):
     """Keep k rows of each frame: (1 - contextual) k dominant tokens, the others merged. Keys are averaged over heads where
     these are told apart.
 
@@ -45,27 +47,31 @@ class VisionZip(UnitReducer):
         if not 0 < self.contextual < 1:
             raise ValueError(f"contextual is a share between 0 and 1, got {self.contextual!r}; 10/64 is published")
 
-    def select_one(self, batch: Batch, count: int) -> Selection:
-        attention, keys = batch.attention()[0], batch.units("keys", mean_heads=True)[0]
-        merged = min(count - 1, max(1, round(self.contextual * count)))
+    def select(self, batch: Batch, count: int) -> Sequence[Selection]:
+        attention, keys = batch.attention(), batch.units("keys", mean_heads=True)
+        merged, n = min(count - 1, max(1, round(self.contextual * count))), attention.shape[1]
         dominant = top(attention, count - merged)
-        if not merged:
-            return Selection(dominant, scores=attention)
-        others = rest(len(keys), dominant)
-        targets = others[:: len(others) // merged][:merged].contiguous()
-        kept = torch.cat([dominant, targets]).sort().values
-        row = torch.searchsorted(kept, targets[nearest(keys[others], keys[targets])])
-        row[torch.searchsorted(others, targets)] = torch.searchsorted(kept, targets)
-        alone = torch.arange(count, device=kept.device)[~torch.isin(kept, targets)]
-        rows, sources = torch.cat([alone, row]), torch.cat([kept[alone], others])
-        return Selection.merge(kept, rows, sources, self.weights(rows, sources, kept), attention)
+        others = rest(n, dominant)
+        at = torch.arange(merged, device=others.device) * (others.shape[1] // max(1, merged))
+        targets = others[:, at]
+        kept = torch.cat([dominant, targets], 1).sort().values
+        row = torch.full_like(attention, -1, dtype=torch.int64)
+        row.scatter_(1, dominant, torch.searchsorted(kept, dominant.contiguous()))
+        if merged:
+            place = nearest(rows_at(keys, others), rows_at(keys, targets))
+            place[:, at] = torch.arange(merged, device=others.device)
+            row.scatter_(1, others, torch.searchsorted(kept, targets).gather(1, place))
+        return [self.rows(*parts) for parts in zip(kept, row, attention)]
 
-    def weights(self, rows: torch.Tensor, sources: torch.Tensor, kept: torch.Tensor) -> torch.Tensor | None:
-        """Weight of each entry, None for plain means."""
+    def rows(self, kept: Tensor, row: Tensor, attention: Tensor) -> Selection:
+        """Each token in the row of its number, those at -1 in none; means, or as the released code adds."""
         if self.variant != "released":
-            return None
+            return Selection.groups(kept, row, attention)
+        sources = (row >= 0).nonzero()[:, 0]
+        rows = row[sources]
         joined = torch.bincount(rows, minlength=kept.numel()) - 1
-        return torch.where(kept[rows] == sources, 1.0, 1.0 / joined[rows].clamp_min(1).double())
+        weight = torch.where(kept[rows] == sources, 1.0, 1.0 / joined[rows].clamp_min(1).double())
+        return Selection.merge(kept, rows, sources, weight, attention)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,18 +8,19 @@ Source: VisPruner, "Beyond Text-Visual Attention: Exploiting Visual Cues for Eff
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from token_reduction.batch import Batch, Selection
-from token_reduction.exact import rest, top
-from token_reduction.unit_reducer import UnitReducer
+from token_reduction.exact import rest, rows_at, top
+from token_reduction.unit_reducer import BatchReducer
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisPruner(UnitReducer):
+class VisPruner(BatchReducer):
     """Keep k tokens of each frame.
 
     Args:
@@ -45,14 +46,15 @@ class VisPruner(UnitReducer):
                 f"vispruner has important in 0..1 and per_round of 1 or more, got {self.important!r}, {self.per_round!r}"
             )
 
-    def select_one(self, batch: Batch, count: int) -> Selection:
-        attention = batch.attention()[0]
+    def select(self, batch: Batch, count: int) -> Sequence[Selection]:
+        attention, q = batch.attention(), batch.units()
         first = top(attention, round(self.important * count))
-        left, goal = rest(len(attention), first), count - len(first)
-        q = batch.units()[0]
+        left, goal = rest(q.shape[1], first), count - first.shape[1]
         alike = q @ q.mT
-        while goal and len(left) > goal:
-            score = alike[left[::2, None], left[1::2]].amax(1)
-            gone = 2 * top(score, min(self.per_round, len(left) - goal, len(left) // 2))
-            left = left[rest(len(left), gone)]
-        return Selection(torch.cat([first, left[:goal]]).sort().values, scores=attention)
+        while goal and left.shape[1] > goal:
+            even, odd = left[:, ::2], left[:, 1::2]
+            score = rows_at(alike, even).gather(2, odd[:, None].expand(-1, even.shape[1], -1)).amax(-1)
+            gone = 2 * top(score, min(self.per_round, left.shape[1] - goal, left.shape[1] // 2))
+            left = left.gather(1, rest(left.shape[1], gone))
+        kept = torch.cat([first, left[:, :goal]], 1).sort().values
+        return [Selection(k, scores=score) for k, score in zip(kept, attention)]

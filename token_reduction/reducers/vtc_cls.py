@@ -13,11 +13,11 @@ from typing import ClassVar
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.exact import top
-from token_reduction.unit_reducer import UnitReducer
+from token_reduction.unit_reducer import BatchReducer
 
 
 @dataclass(frozen=True, kw_only=True)
-class VtcCls(UnitReducer):
+class VtcCls(BatchReducer):
     """Keep the k tokens with the largest [CLS] attention, summed over the columns of `cls_attn`.
 
     Give the layers that the published method sums (from a start layer to the last but one) as columns. Scores: the sum.
@@ -37,6 +37,3 @@ class VtcCls(UnitReducer):
         score = value if value.dim() == 2 else value.sum(-1)
         kept = top(score, count).sort(-1).values
         return [Selection(k, scores=s) for k, s in zip(kept, score)]
-
-    def select_one(self, batch: Batch, count: int) -> Selection:
-        return self.select(batch, count)[0]

@@ -14,17 +14,21 @@ _MAGIC = 6.0 * 2.0**25
 
 
 def scaled_rows(x: Tensor) -> Tensor:
-    """Rows (n, D) float64 over the longest row's length, rounded to multiples of 2^-25: dot products are exact."""
-    wide = x.double()
-    longest = float(wide.norm(dim=-1).max()) if wide.numel() else 0.0
-    return (wide / (longest or 1.0)).add_(_MAGIC).sub_(_MAGIC)
+    """Rows (..., n, D) float64 over the longest row's length, rounded to multiples of 2^-25: dot products are exact."""
+    return (x.double() / longest(x)).add_(_MAGIC).sub_(_MAGIC)
+
+
+def longest(x: Tensor) -> Tensor:
+    """(..., 1, 1) length of the longest row of (..., n, D), 1 where all are zero."""
+    length = x.double().norm(dim=-1).amax(-1)[..., None, None]
+    return torch.where(length > 0, length, 1.0)
 
 
 def squared_distances(rows: Tensor, others: Tensor | None = None) -> Tensor:
-    """(n, m) float64 squared Euclidean distances of exact rows."""
+    """(..., n, m) float64 squared Euclidean distances of exact rows."""
     others = rows if others is None else others
     own, their = (rows * rows).sum(-1), (others * others).sum(-1)
-    return (own[:, None] + their - 2 * rows @ others.mT).clamp_(min=0)
+    return (own[..., None] + their[..., None, :] - 2 * rows @ others.mT).clamp_(min=0)
 
 
 def k_medoids(distance: Tensor, count: int, first: int, iterations: int = 100) -> tuple[Tensor, Tensor]:
@@ -76,26 +80,26 @@ def spectral_rows(distance: Tensor, count: int, sigma: float) -> Tensor:
     return vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
 
-def density_peaks(rows: Tensor, neighbours: int) -> Tensor:
-    """DPC-KNN scores (n,): density x distance to the nearest denser row (the farthest row for the densest).
+def density_peaks(rows: Tensor, neighbours: int, unit: Tensor | float = 1.0) -> Tensor:
+    """DPC-KNN scores (..., n): density x distance to the nearest denser row (the farthest row for the densest).
 
-    density = exp(-mean squared distance to the `neighbours` nearest rows), distances over sqrt(D) of the caller's rows.
+    density = exp(-mean squared distance to the `neighbours` nearest rows), squared distances times `unit` (..., 1, 1).
     Ties of density go to the lower index. Source: Du, Ding, Jia, "Study on density peaks clustering based on k-nearest
     neighbors and principal component analysis", 2016.
     """
-    squared = squared_distances(rows)
-    near = squared.topk(min(neighbours, rows.shape[0]), largest=False).values
-    density = torch.exp(-near.mean(1))
-    rank = torch.empty_like(density, dtype=torch.int64)
-    rank[top(density, rows.shape[0])] = torch.arange(rows.shape[0], device=rows.device)
-    denser = rank[None, :] < rank[:, None]
-    distance = squared.sqrt()
-    delta = distance.masked_fill(~denser, torch.inf).amin(1)
-    return density * torch.where(torch.isinf(delta), distance.amax(1), delta)
+    squared, n = squared_distances(rows) * unit, rows.shape[-2]
+    near = squared.topk(min(neighbours, n), largest=False).values
+    density = torch.exp(-near.mean(-1))
+    order = top(density, n)
+    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(n, device=rows.device).expand_as(order))
+    denser = rank[..., None, :] < rank[..., None]
+    distance = squared.sqrt_()
+    delta = distance.masked_fill(~denser, torch.inf).amin(-1)
+    return density * torch.where(torch.isinf(delta), distance.amax(-1), delta)
 
 
 def join_nearest(rows: Tensor, centres: Tensor) -> Tensor:
-    """(n,) place in `centres` (row numbers) of the nearest centre; a centre falls in itself."""
-    group = squared_distances(rows, rows[centres]).argmin(1)
-    group[centres] = torch.arange(centres.numel(), device=group.device)
-    return group
+    """(..., n) place in `centres` (..., m), row numbers, of the nearest centre; a centre falls in itself."""
+    chosen = rows.gather(-2, centres[..., None].expand(*centres.shape, rows.shape[-1]))
+    group = squared_distances(rows, chosen).argmin(-1)
+    return group.scatter(-1, centres, torch.arange(centres.shape[-1], device=group.device).expand_as(centres))

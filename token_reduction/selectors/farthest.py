@@ -29,6 +29,26 @@ def farthest_from(rows: UnitRows, count: int, pivot: int) -> Tensor:
     return Farthest(rows, index).run(count, SingleRank(), first)
 
 
+def farthest_batch(q: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The same choice in many small items of one size at once: exact unit rows (B, n, D), all distances held (B, n, n).
+
+    Returns the order of choice (B, count) and the scores (B, n), as `Farthest` gives them item by item.
+    """
+    half = 0.5 * (q * q).sum(-1)
+    apart = torch.baddbmm(half[:, None] + half[..., None], q, q.mT, alpha=-1)
+    lonely = apart.masked_fill(torch.eye(q.shape[1], dtype=torch.bool, device=q.device), math.inf).amin(-1)
+    distance, order = torch.full_like(half, math.inf), half.new_empty((len(q), count), dtype=torch.int64)
+    taken, scores = torch.zeros_like(half, dtype=torch.bool), torch.zeros_like(half)
+    for step in range(count):
+        left = distance.masked_fill(taken, -math.inf) if step else lonely.clamp(max=_FARTHEST)
+        value, pick = left.max(-1, keepdim=True)
+        order[:, step] = pick[:, 0]
+        scores.scatter_(1, pick, value)
+        taken.scatter_(1, pick, True)
+        distance = torch.minimum(distance, apart.gather(1, pick[..., None].expand(-1, 1, q.shape[1]))[:, 0])
+    return order, torch.where(taken, scores, distance)
+
+
 class Farthest:
     """The greedy loop over the rows one rank holds of one item.
 
