@@ -21,7 +21,7 @@ $(STAMP): constraints.txt demo-assets.txt setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[video,hf,megatron,ray,mpi,bench,demo,dev]"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --requirement demo-assets.txt
-	$(BIN)/python -m launch.convert
+	$(BIN)/python -m launch.assets
 	touch $(STAMP)
 
 test: setup

