@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from benchmarks.attention_peers import DIM, HEADS, PEERS, installed, ours, single
-from benchmarks.record import measured
+from benchmarks.record import write
 
 
 def rank_main(
@@ -116,8 +116,7 @@ def main() -> None:
                 + "   ".join(f"{times:5.2f} x {peer}" for peer, times in row["speed_up_over"].items())
             )
     if options.out:
-        record = measured() | {"ranks": options.ranks, "threads_per_rank": 1}
-        options.out.write_text(json.dumps(record | {"results": results}, indent=2) + "\n")
+        write(options.out, f"attention over {options.ranks} ranks of one thread each, forward and backward", results)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The main job with each schedule: is it verified, how long does it take, what does it send?
 
-    python benchmarks/main_job.py [--ranks 4] [--repeat 3] [--out benchmarks/results/main_job.json]
+    python -m benchmarks.main_job [--ranks 4] [--repeat 3] [--out benchmarks/results/main_job.json]
 
 Runs the demo (clip:bigbuckbunny, 32 frames, divprune:0.1, float32) with every schedule in turn, `--repeat` times round, so that a
 drift of the machine falls on all of them. Only the last round is verified; times are medians of the others.
@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+from benchmarks.record import write
 
 SCHEDULES = ("ring", "biring", "tokenring", "gather")
 
@@ -59,19 +60,8 @@ def main() -> None:
             f"{row['bytes_sent_in_all'] / 1e6:.0f} MB, logits within {row['verify']['max_logit_diff']:.1e}, "
             f"same tokens {row['verify']['same_tokens']}"
         )
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    result = {
-        "kind": "measured",
-        "what": f"demo on {options.ranks} ranks, medians of {options.repeat} runs",
-        "commit": commit.stdout.strip(),
-        "platform": platform.platform(),
-        "hardware": verified[SCHEDULES[0]]["hardware"],
-        "rows": rows,
-    }
     if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+        write(options.out, f"demo on {options.ranks} ranks, medians of {options.repeat} runs", rows)
 
 
 if __name__ == "__main__":

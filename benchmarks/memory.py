@@ -1,6 +1,6 @@
 """Is a rank's memory flat in the length of the video? The demo over a clip played 1, 4 and 16 times.
 
-    python benchmarks/memory.py [--ranks 4] [--out benchmarks/results/memory.json]
+    python -m benchmarks.memory [--ranks 4] [--out benchmarks/results/memory.json]
 
 Prints the largest rank's peak resident memory in each stage (the high-water mark is set back before each span of a stage).
 Reading, encoding and reducing must stay flat; what follows grows with the sequence, whose length is shown beside it.
@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from benchmarks.record import write
 
 LOOPS = (1, 4, 16)
 STAGES = ("read", "encode", "reduce", "splice", "prefill", "decode")
@@ -41,7 +42,6 @@ def measure(loop: int, ranks: int, fps: float, spec: str) -> dict:
         "peak_mib": peaks,
         "cache_bytes_per_rank": report["cache_bytes_per_rank"],
         "seconds": report["seconds"],
-        "hardware": report["hardware"],
     }
 
 
@@ -53,16 +53,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     rows = [measure(loop, options.ranks, options.fps, options.reduce) for loop in LOOPS]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    result = {
-        "kind": "measured",
-        "what": f"peak resident MiB of the largest of {options.ranks} ranks, {options.reduce}, {options.fps:g} frames per second",
-        "commit": commit.stdout.strip(),
-        "platform": platform.platform(),
-        "rows": rows,
-    }
     print(f"{'times':>5} {'frames':>6} {'tokens':>7} {'kept':>5}  " + " ".join(f"{s:>8}" for s in STAGES))
     for row in rows:
         peaks = " ".join(f"{row['peak_mib'][s]:8.0f}" for s in STAGES)
@@ -70,7 +60,8 @@ def main() -> None:
             f"{row['times_the_clip']:>5} {row['frames']:>6} {row['tokens_before']:>7} {row['tokens_after']:>5}  {peaks}"
         )
     if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+        what = f"peak resident MiB of the largest of {options.ranks} ranks, {options.reduce}, {options.fps:g} frames per second"
+        write(options.out, what, rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What planning costs: seconds of one rank's plan for every layout x mask x schedule, in large worlds.
 
-    python benchmarks/planning_cost.py [--worlds 64 1024] [--tokens 4096] [--schedules ring gather] [--out planning_cost.json]
+    python -m benchmarks.planning_cost [--worlds 64 1024] [--tokens 4096] [--schedules ring gather] [--out FILE]
 
 Seconds are of processor time. Each case runs in a process of its own with empty caches, and stops after `--limit` seconds:
 
@@ -14,12 +14,9 @@ Nothing here depends on links or devices: one core of the host does it all.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-import platform
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from itertools import accumulate
@@ -28,6 +25,7 @@ from pathlib import Path
 import torch
 
 import tokenring as tr
+from benchmarks.record import write
 
 LAYOUTS = ("contiguous", "zigzag", "striped", "striped(16)", "balanced")
 MASKS = ("causal", "full", "window", "documents:128", "documents:5000")
@@ -147,19 +145,9 @@ def main() -> None:
     for case in cases(options):
         rows.append(in_process(case, options))
         print(shown(rows[-1]), flush=True)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    result = {
-        "kind": "measured",
-        "commit": commit.stdout.strip(),
-        "hardware": f"one core of {platform.processor() or platform.machine()}",
-        "direction": options.direction,
-        "tokens_per_rank": options.tokens,
-        "rows": rows,
-    }
     if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        what = f"seconds of one core for one rank's plan, {options.direction}, {options.tokens} tokens a rank"
+        write(options.out, what, rows)
 
 
 if __name__ == "__main__":

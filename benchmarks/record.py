@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -21,6 +22,11 @@ def measured() -> dict:
         "platform": platform.platform(),
         "torch": torch.__version__,
     }
+
+
+def write(path: Path, what: str, rows: list | dict, **more: object) -> None:
+    """A file of measured figures."""
+    path.write_text(json.dumps(measured() | {"what": what} | more | {"rows": rows}, indent=1) + "\n")
 
 
 def _commit() -> str:

@@ -1,7 +1,7 @@
 """One layer of AnchorAttention on a CPU beside torch's own flash operator, causal: identification, gather and merge included.
 
-    python benchmarks/sparse_attention.py --lengths 8192 16384 32768 131072 [--heads 1] [--turns 5] [--out FILE]
-    python benchmarks/sparse_attention.py --fallback                dense path and short sequences: overhead over the operator
+    python -m benchmarks.sparse_attention --lengths 8192 16384 32768 131072 [--heads 1] [--turns 5] [--out FILE]
+    python -m benchmarks.sparse_attention --fallback                dense path and short sequences: overhead over the operator
 
 float32, D = 64, queries and keys with planted stripes: a tenth of the columns is wanted by every query, the rest by none.
 Theta is found by bisection so that the paper's ratio is 10%. Each turn times dense once and every method once, one after
@@ -12,7 +12,6 @@ another; figures are medians of the ratios within a turn. `of ideal` is the spee
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.record import write
 from sparse_attn import AnchorConfig, Stats, anchor_attention, plan
 
 DIM = 64
@@ -130,8 +130,8 @@ def main() -> None:
         clock = time.process_time if args.cpu_time else time.perf_counter
         rows = (fallback if args.fallback else speed)(args, clock)
     if args.out:
-        told = {"threads": args.threads, "torch": torch.__version__, "clock": "process" if args.cpu_time else "wall"}
-        args.out.write_text(json.dumps(told | {"rows": rows}, indent=1) + "\n")
+        what = "dense path and short sequences" if args.fallback else "one layer beside torch's flash operator, causal"
+        write(args.out, what, rows, threads=args.threads, clock="process" if args.cpu_time else "wall")
 
 
 if __name__ == "__main__":

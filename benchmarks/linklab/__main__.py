@@ -18,6 +18,7 @@ from benchmarks.linklab.measure import Result, measure
 from benchmarks.linklab.probing import probe, table
 from benchmarks.linklab.raw import link_rates, patterns
 from benchmarks.linklab.wiring import NAMES, wire
+from benchmarks.record import write
 
 GRID = {"topology": "mesh,ring,switch,nodes:2x2,bus", "mbit": "40,100", "gqa": "1,4", "ratio": "1,0.25"}
 ONE = {"topology": "mesh", "mbit": "40", "gqa": "1", "ratio": "1"}
@@ -55,7 +56,7 @@ def raw(options: argparse.Namespace) -> None:
         rows.append({"topology": topology, "ranks": options.ranks, "mbit": mbit, "raw_share_of_nominal": shares})
         rows[-1]["patterns"] = [asdict(pattern) for pattern in found]
     if options.out:
-        report.save(options.out, "seconds of three patterns by plain sockets and by gloo", rows)
+        write(options.out, "seconds of three patterns by plain sockets and by gloo", rows)
 
 
 def probes(options: argparse.Namespace) -> None:
@@ -64,7 +65,7 @@ def probes(options: argparse.Namespace) -> None:
     rows = [probe(wire(name, options.ranks, mbit, options.inter_mbit), options.seconds) for name, mbit in wanted]
     print(table(rows))
     if options.out:
-        report.save(options.out, "topologies that the probe found in the lab", [asdict(row) for row in rows])
+        write(options.out, "topologies that the probe found in the lab", [asdict(row) for row in rows])
 
 
 def cells(options: argparse.Namespace) -> None:
@@ -94,7 +95,7 @@ def cells(options: argparse.Namespace) -> None:
         print(report.grid_table(results))
     if options.out:
         what = f"seconds of each schedule, {options.direction}, medians of {options.repeat}, {options.ranks} ranks"
-        report.save(options.out, what, [result.to_dict() for result in results])
+        write(options.out, what, [result.to_dict() for result in results])
 
 
 def sparse_prefill(options: argparse.Namespace) -> None:
@@ -106,7 +107,7 @@ def sparse_prefill(options: argparse.Namespace) -> None:
         print(sparse.table(result), flush=True)
         rows.append(result.to_dict())
     if options.out:
-        report.save(options.out, f"seconds of one forward pass, medians of {options.repeat}: {asked}", rows)
+        write(options.out, f"seconds of one forward pass, medians of {options.repeat}: {asked}", rows)
 
 
 def _parser() -> argparse.ArgumentParser:

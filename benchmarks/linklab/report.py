@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 from benchmarks.linklab.measure import Result
 from benchmarks.linklab.raw import PatternTime
-from benchmarks.record import measured
 
 RINGS = ("ring", "ring:direct")
 """The one-way ring, forward and backward: what the others are set beside."""
@@ -95,12 +92,6 @@ def pattern_table(title: str, found: Iterable[PatternTime]) -> str:
         for p in found
     ]
     return "\n".join(lines)
-
-
-def save(path: Path, what: str, rows: list[dict]) -> None:
-    """Write rows as JSON, with what they ran on."""
-    document = measured() | {"what": what, "rows": rows}
-    path.write_text(json.dumps(document, indent=2) + "\n")
 
 
 def _rival(result: Result, name: str | None = None) -> tuple[float, str] | None:

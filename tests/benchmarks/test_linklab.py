@@ -14,6 +14,7 @@ from benchmarks.linklab.cells import HEAD_DIM, ROWS, Cell, model
 from benchmarks.linklab.measure import Result, Row
 from benchmarks.linklab.raw import disjoint_rounds, floor
 from benchmarks.linklab.wiring import wire
+from benchmarks.record import write
 
 TOPOLOGIES = ("mesh", "ring", "switch", "bus", "nodes:2x2")
 RATE = 1000.0
@@ -198,5 +199,5 @@ def test_tables_name_the_best_the_choice_and_the_cells_that_tokenring_loses(tmp_
     assert "tokenring faster than ring in 1 of 2 cells" in table and "biring" not in table
     assert "tokenring faster than every other in 1 of 2 cells" in table
     assert "0.500" in report.cell_table(won), "tokenring as a share of the ring"
-    report.save(tmp_path / "grid.json", "a grid", [each.to_dict() for each in (won, lost)])
+    write(tmp_path / "grid.json", "a grid", [each.to_dict() for each in (won, lost)])
     assert '"kind": "measured"' in (tmp_path / "grid.json").read_text()
