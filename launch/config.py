@@ -15,7 +15,7 @@ import json
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import ClassVar
 
-from launch.config_model import AttentionConfig, ModelConfig, MoEConfig
+from launch.config_model import AnchorSection, AttentionConfig, ModelConfig, MoEConfig
 from launch.errors import ConfigError
 from launch.section import Section, option
 
@@ -163,7 +163,8 @@ class OutputConfig(Section):
     quiet: bool = option("--quiet", False)
     """No progress on standard error; with --json no report there either."""
     verify: bool = option("--verify", False)
-    """Run the same input on one rank with plain attention and compare; exit code 1 above the tolerance."""
+    """Run the same input on one rank and compare, with plain attention or, sparse, over the same pairs (and say how far from
+    dense that is); exit code 1 above the tolerance."""
     tolerance: float = option(None, 2e-4)
     """Largest difference of logits that --verify accepts."""
 
@@ -184,6 +185,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     reduce: ReduceConfig = field(default_factory=ReduceConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    anchor: AnchorSection = field(default_factory=AnchorSection)
     moe: MoEConfig = field(default_factory=MoEConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -193,7 +195,7 @@ class RunConfig:
 SECTIONS: dict[str, type[Section]] = {
     cls.section: cls
     for cls in (
-        *(VideoConfig, ModelConfig, ReduceConfig, AttentionConfig, MoEConfig),
+        *(VideoConfig, ModelConfig, ReduceConfig, AttentionConfig, AnchorSection, MoEConfig),
         *(GenerateConfig, EngineConfig, OutputConfig),
     )
 }

@@ -2,7 +2,8 @@
 
 read ─ encode ─ reduce          launch.watch      frames sharded over the ranks, a window at a time
 splice                          launch.spread     kept rows move to the ranks that the layout names
-prefill ─ decode                launch.generate   tokenring.attention, then tokenring.decode_attention; launch.experts
+prefill ─ decode                launch.generate   tokenring.attention, then tokenring.decode_attention; launch.experts,
+                                                  launch.sparse
 verify                          launch.verify     the same on one rank, if asked
 """
 
@@ -23,6 +24,7 @@ from launch.models.base import Adapter, Prompt, VisualPlan
 from launch.preflight import cut_windows, method_of, planned_frames, refuse_blind
 from launch.progress import Log
 from launch.records import RankRecord
+from launch.sparse import SparseRun
 from launch.spread import Ownership, Part, spread
 from launch.stages import Stages
 from launch.verify import verify
@@ -60,6 +62,7 @@ class _Run:
         with stages.span("load"):
             self.adapter = _load(config)
             self.experts = Experts.spread(self.adapter, config, runtime)
+            self.sparse = SparseRun(config) if config.attention.kind == "anchor" else None
             self.frames = planned_frames(config.video)
         self.started = stages.log.clock()
 
@@ -75,7 +78,8 @@ class _Run:
             self.experts.close()
         compared = self.verify(short, kept, who, layout, answer) if self.config.output.verify else None
         return RankRecord(
-            schedule=_schedule(adapter, layout, self.config),
+            schedule=self.sparse.path if self.sparse else _schedule(adapter, layout, self.config),
+            attention=None if self.sparse is None else self.sparse.record(),
             frames=plan.frames,
             tokens_before=plan.tokens,
             tokens_after=int(who.index.numel()),
@@ -138,7 +142,8 @@ class _Run:
                 raise ConfigError(
                     f"the sequence has {length} tokens for {world} ranks; give --nproc {length} or fewer, or keep more tokens"
                 )
-            layout = getattr(Layout, self.config.attention.layout)(length, world)
+            make = self.sparse.layout if self.sparse else getattr(Layout, self.config.attention.layout)
+            layout = make(length, world)
             part = spread(self.adapter, short, kept, who, layout, self.runtime)
         return who, short, layout, part
 
@@ -148,7 +153,8 @@ class _Run:
 
         cache = SpreadCache(layout, self.runtime)
         generate, keep = self.config.generate, self.config.output.verify
-        with sequence_parallel(self.adapter.text_model, self.runtime, layout, self.config.attention.schedule):
+        spread_model = sequence_parallel(self.adapter.text_model, self.runtime, layout, self.config.attention.schedule)
+        with spread_model, self.sparse.prefill(self.adapter, short) if self.sparse else nullcontext():
             answer = write(
                 self.adapter, part, layout, short.next_position, cache, generate, self.runtime, self.stages, keep=keep
             )
@@ -161,7 +167,8 @@ class _Run:
         self.stages.log.stage("verify")
         generate, tolerance = self.config.generate, self.config.output.tolerance
         with self.stages.span("verify"):
-            return verify(self.adapter, short, kept, who, layout, answer, generate, tolerance, self.runtime)
+            rows = (short, kept, who, layout, answer)
+            return verify(self.adapter, *rows, generate, tolerance, self.runtime, self.sparse)
 
 
 def question_rows(adapter: Adapter, method: Reducer, prompt: str) -> Tensor | None:

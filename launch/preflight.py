@@ -14,6 +14,7 @@ from launch.errors import ConfigError
 from launch.experts import FAMILIES, check_experts
 from launch.models import DEMOS, channels_of, check
 from launch.models.base import VisualPlan
+from launch.sparse import check_anchor, text_config
 from launch.video import FramePlan, join, plan_frames
 from launch.watch import Windows
 from token_reduction import Budget, Reducer, from_spec
@@ -40,6 +41,7 @@ def preflight(config: RunConfig) -> Preflight:
     check_name(config.attention.schedule, config.engine.nproc, backward=False)
     family = check(config.model.source)
     check_experts(config, family, _demo_ffn() if family in FAMILIES else None)
+    check_anchor(config, text_config(config.model.source, family in DEMOS))
     method, budget = method_of(config.reduce)
     refuse_blind(method, channels_of(family), config.model.source)
     frames = planned_frames(config.video)

@@ -19,6 +19,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from launch.experts_report import merge_experts
+from launch.sparse_report import merge_sparse
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +42,9 @@ class RankRecord:
     hardware: dict[str, Any] = field(default_factory=dict)
     """cpu, cores, memory_bytes, device, torch, python of that machine."""
     schedule: str = ""
-    """The attention schedule that ran (what `auto` chose)."""
+    """The attention schedule that ran (what `auto` chose); "anchor" where layers prefilled sparsely."""
+    attention: dict[str, Any] | None = None
+    """What `launch.sparse.SparseRun.record` gives, with sparse prefill."""
     frames: int = 0
     """Frames of the whole video that were encoded, over all ranks."""
     tokens_before: int = 0
@@ -140,6 +143,7 @@ def merge(
             "peak_bytes_per_rank": [record.peak_bytes for record in ordered],
             "stage_peak_bytes_per_rank": [record.stage_peak_bytes for record in ordered],
             "bytes_sent": [[r.bytes_sent.get(peer, 0) for peer in range(len(ordered))] for r in ordered],
+            "attention": merge_sparse([record.attention for record in ordered]),
             "experts": merge_experts([record.experts for record in ordered]),
             "generated_ids": first.generated_ids,
             "text": first.text,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from launch.experts_report import expert_lines, expert_rows
+from launch.sparse_report import HEADERS, beside_dense_line, columns_line, sparse_lines, sparse_rows
 
 WIDEST_MATRIX = 12
 """Ranks up to which bytes are shown link by link; the JSON always has all of them."""
@@ -40,6 +41,7 @@ def blocks(report: Mapping[str, Any]) -> list[Table | Lines]:
         _summary(report),
         _ranks(report),
         _links(report),
+        *_sparse(report),
         *_experts(report),
         _stages(report),
         _verify(report),
@@ -151,6 +153,14 @@ def _links(report: Mapping[str, Any]) -> Table | Lines | None:
     return Table("Bytes per link", ("from \\ to", *map(str, range(world))), rows)
 
 
+def _sparse(report: Mapping[str, Any]) -> list[Table | Lines]:
+    attention = report["attention"]
+    if attention is None:
+        return []
+    rows = tuple(sparse_rows(attention, human_bytes))
+    return [Lines("Sparse prefill", sparse_lines(attention)), Table("Layers", HEADERS, rows)]
+
+
 def _experts(report: Mapping[str, Any]) -> list[Table | Lines]:
     """Experts' bytes beside all others: frames' tokens on their way to their ranks, and attention."""
     if report["experts"] is None:
@@ -187,11 +197,14 @@ def _verify(report: Mapping[str, Any]) -> Lines | None:
     known = {
         *("max_logit_diff", "tolerance", "same_tokens", "first_difference", "written_within_tolerance"),
         *("max_logit_diff_all", "sdpa_eager_diff_all", "tolerance_all", "all_within_tolerance"),
+        *("columns", "columns_chosen_otherwise", "columns_allowed_share", "columns_within_tolerance", "beside_dense"),
     }
     lines = [_written_logits(verify), _same_tokens(verify), _all_logits(verify)]
+    lines += [columns_line(verify), beside_dense_line(verify)]
     lines += [f"{name.replace('_', ' ')}: {_figure(value)}" for name, value in verify.items() if name not in known]
     shown = tuple(line for line in lines if line is not None)
-    return Lines("Compared with one rank and plain attention", shown, urgent=not verified(report))
+    pairs = "over the same pairs" if "columns" in verify else "and plain attention"
+    return Lines(f"Compared with one rank {pairs}", shown, urgent=not verified(report))
 
 
 def _written_logits(verify: Mapping[str, Any]) -> str:

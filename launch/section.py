@@ -46,6 +46,11 @@ class Section:
             if not of_type(getattr(self, setting.name), str(setting.type)):
                 raise self.refuse(setting.name, f"it must be {WORDS[str(setting.type).removesuffix(' | None')]}")
 
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Names of the settings that are not at their default."""
+        return tuple(s.name for s in fields(self) if getattr(self, s.name) != s.default)
+
     def refuse(self, name: str, rule: str) -> ConfigError:
         """One line: what was given, what is allowed."""
         return ConfigError(f"{self.section}.{name} is {getattr(self, name)!r}: {rule}")

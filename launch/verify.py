@@ -1,4 +1,4 @@
-"""The same input on one rank with plain attention: are the logits the same, and the tokens?
+"""The same input on one rank: are the logits the same, and the tokens? With plain attention, or over a sparse run's own pairs.
 
 Rank 0 takes the reduced sequence as it left the reduction (not as the ranks received it), runs transformers' own sdpa and
 eager attention over it and the written tokens in one pass (a model upcycled to experts: with its dense networks), and compares
@@ -7,6 +7,9 @@ eager attention over it and the written tokens in one pass (a model upcycled to 
     all         logits of every position of the prompt: at most twice as far apart as sdpa and eager are from each other,
                 or `tolerance` where that is more
     tokens      what one rank would have written; where it differs, the one-rank gap between its best two logits
+
+A sparse run is compared with one rank's attention over the same pairs (`launch.verify_sparse`); where no layer ran sparse, as
+at theta = infinity, with plain attention like any other.
 
 In a 16-bit type two correct runs differ by far more than float32's tolerance; there it is raised to twice the difference of
 sdpa and eager on the written positions. The tolerances that were applied stand in the result.
@@ -22,7 +25,9 @@ from torch import Tensor
 from launch.config import GenerateConfig
 from launch.generate import Answer, Writer
 from launch.models.base import VISUAL, Adapter, Prompt, splice
+from launch.sparse import SparseRun
 from launch.spread import Ownership
+from launch.verify_sparse import Judge, alone, beside_dense, gathered_plans
 from launch.watch import Kept
 from tokenring.layout import Layout
 from tokenring.transport import Transport
@@ -40,12 +45,14 @@ def verify(
     config: GenerateConfig,
     tolerance: float,
     runtime: Transport,
+    sparse: SparseRun | None = None,
 ) -> dict[str, Any] | None:
     """Compare on rank 0; the others only hand over what they hold. Collective."""
     x = who.gather(kept.x, runtime)
     planes = None if kept.planes is None else who.gather(kept.planes, runtime)
     assert answer.hidden is not None
     hidden = layout.gather(answer.hidden, runtime)
+    plans = {} if sparse is None else gathered_plans(sparse, layout.total, runtime)
     if runtime.rank != 0:
         return None
     reference = {kind: _alone(adapter, short, x, planes, answer.ids[:-1], kind) for kind in ("sdpa", "eager")}
@@ -54,10 +61,19 @@ def verify(
     if answer.hidden.dtype in (torch.bfloat16, torch.float16):
         own = _largest(adapter, reference["eager"][:, written], reference["sdpa"][:, written])
         tolerance = max(tolerance, 2 * own)
+    dense, own, extra = reference["sdpa"], _largest(adapter, *(reference[k][:, prompt] for k in reference)), {}
+    expected = dense
+    if any(plan is not None for plan in plans.values()):
+        judge = Judge(sparse, plans)
+        expected = alone(adapter, short, x, planes, answer.ids[:-1], judge)
+        same = _written(adapter, dense[:, written], answer, config, tolerance)["same_tokens"]
+        distance = beside_dense(adapter, hidden, dense[:, prompt], same, CHUNK_ROWS)
+        extra = {"beside_dense": distance, **judge.verdict(hidden.dtype)}
     return {
-        **_written(adapter, reference["sdpa"][:, written], answer, config, tolerance),
-        **_everywhere(adapter, hidden, reference["sdpa"][:, prompt], reference["eager"][:, prompt], tolerance),
+        **_written(adapter, expected[:, written], answer, config, tolerance),
+        **_everywhere(adapter, hidden, expected[:, prompt], own, tolerance),
         "tolerance": tolerance,
+        **extra,
     }
 
 
@@ -99,8 +115,8 @@ def _written(
     }
 
 
-def _everywhere(adapter: Adapter, hidden: Tensor, sdpa: Tensor, eager: Tensor, tolerance: float) -> dict[str, Any]:
-    spread, own = _largest(adapter, hidden, sdpa), _largest(adapter, eager, sdpa)
+def _everywhere(adapter: Adapter, hidden: Tensor, expected: Tensor, own: float, tolerance: float) -> dict[str, Any]:
+    spread = _largest(adapter, hidden, expected)
     allowed = max(2 * own, tolerance)
     return {
         "max_logit_diff_all": spread,

@@ -7,6 +7,7 @@ out = anchor_attention(q, k, v, config=AnchorConfig())
 from sparse_attn import baselines
 from sparse_attn.api import anchor_attention, execute, plan
 from sparse_attn.config import AnchorConfig
+from sparse_attn.density import theta_for_density
 from sparse_attn.geometry import Geometry
 from sparse_attn.metrics import LogitsDifference, Recall, compare_logits, mass_recall, output_error, output_recall
 from sparse_attn.reference import reference_attention
@@ -31,5 +32,6 @@ __all__ = [
     "output_recall",
     "plan",
     "reference_attention",
+    "theta_for_density",
     "tune",
 ]

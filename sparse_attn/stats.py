@@ -30,6 +30,8 @@ class Stats:
     """Pairs of the busiest rank / mean over the ranks."""
     plan: StripePlan | None = None
     """The columns that were used."""
+    theta: float | tuple[float, ...] | None = None
+    """Of a model's layer (`sparse_attn.integrations`): the theta, or one for each head, that was asked for."""
 
     def of_plan(self, plan: StripePlan) -> None:
         """Take path and densities from a plan."""

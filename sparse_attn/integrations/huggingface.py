@@ -1,68 +1,159 @@
 """transformers models that prefill sparsely and decode exactly, through transformers' own public interfaces.
 
-    with sparse_prefill(model, AnchorConfig()) as calls:
+    with sparse_prefill(model, AnchorConfig()) as calls:                                        # one device
         model.generate(ids, max_new_tokens=20)
+
+    with sequence_parallel(model, group), sparse_prefill(model, AnchorConfig()) as calls:       # over ranks
+        model.generate(ids, past_key_values=SpreadCache(None, group), max_new_tokens=20)
+
     calls[3].density        # of layer 3's last prefill
 
-Calls with few new rows (decoding) are dense attention. Padding, sliding windows, dropout and soft-capping are refused.
+Calls with few new rows (decoding) are dense attention. Padding, sliding windows, soft-capping, sinks and dropout are refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
-from sparse_attn.api import anchor_attention
+from sparse_attn.api import Numbers, anchor_attention
 from sparse_attn.config import AnchorConfig
+from sparse_attn.density import theta_for_density
 from sparse_attn.stats import Stats
+from sparse_attn.stripes import StripePlan
 from sparse_attn.tune import TunedConfig
+from tokenring import Mask
+from tokenring.integrations.huggingface import find_decoder, prefill_with
 
 NAME = "sparse_attn"
-_ATTRIBUTE = "sparse_attn_context"
+_ATTRIBUTE = "sparse_attn_prefill"
 
 
-class _Context:
-    def __init__(self, config: AnchorConfig | TunedConfig, exact_below: int) -> None:
-        self.config, self.exact_below = config, exact_below
-        self.calls: dict[int, Stats] = {}
+@dataclass
+class _Prefill:
+    """How every layer of a model prefills, and what became of it."""
 
-    def of(self, layer: int) -> AnchorConfig:
+    config: AnchorConfig | TunedConfig
+    exact_below: int
+    keep: Numbers | None
+    plans: Mapping[int, StripePlan] | None
+    keep_plans: bool
+    density: float | None
+    watch: Callable[[int, Tensor, Tensor, float | None], None] | None
+    calls: dict[int, Stats] = field(default_factory=dict)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, **where: Any) -> Tensor:
+        """One prefill of one layer; rows (B, S, H, D)."""
+        if self.watch is not None:
+            self.watch(layer, q, k, scale)
+        config = self._of(layer)
+        if self.density is not None:
+            config = replace(config, theta=theta_for_density(q, k, self.density, config=config, scale=scale, **where))
+        told: dict[str, Any] = {"config": config, "keep": self.keep}
+        if self.plans is not None:
+            found = self.plans.get(layer)
+            told = {"config": AnchorConfig(theta=float("inf"))} if found is None else {"plan": found}
+        out, stats = anchor_attention(q, k, v, scale=scale, return_stats=True, **told, **where)
+        stats.theta = None if self.plans is not None else config.theta
+        if not self.keep_plans:
+            stats.plan = None
+        self.calls[layer] = stats
+        return out
+
+    def _of(self, layer: int) -> AnchorConfig:
         return self.config.layer(layer) if isinstance(self.config, TunedConfig) else self.config
+
+    def spread(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        group: Any,
+        layout: Any,
+        mask: Mask,
+        scale: float | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+        continued: bool,
+        dense: Callable[[], Tensor],
+    ) -> Tensor:
+        """The same where rows are spread over ranks (`tokenring.integrations.huggingface.prefill_with`)."""
+        if mask != Mask.causal():
+            raise ValueError(_cannot(f"the mask of layer {layer}"))
+        _refuse({"softcap": softcap, "sinks": sinks})
+        if continued:
+            self.calls[layer] = Stats(path="dense", why="rows on top of a spread cache see what is spread exactly")
+            return dense()
+        if self.plans is not None:
+            raise ValueError(
+                "plans= are for one device; leave them out inside sequence_parallel, or leave its block first"
+            )
+        return self.attend(layer, q, k, v, scale, group=group, layout=layout)
 
 
 @contextmanager
 def sparse_prefill(
-    model: nn.Module, config: AnchorConfig | TunedConfig | None = None, exact_below: int = 16
+    model: nn.Module,
+    config: AnchorConfig | TunedConfig | None = None,
+    exact_below: int = 16,
+    *,
+    keep: Numbers | None = None,
+    plans: Mapping[int, StripePlan] | None = None,
+    density: float | None = None,
+    keep_plans: bool = False,
+    watch: Callable[[int, Tensor, Tensor, float | None], None] | None = None,
 ) -> Iterator[dict[int, Stats]]:
     """Inside the block the model's attention is `anchor_attention`; yields the stats of each layer's last prefill.
 
+    Inside `tokenring.integrations.huggingface.sequence_parallel` rows are spread over ranks: a prompt is attended to with only
+    the wanted rows travelling, prompts on top of a cache densely, and new tokens by `tokenring.decode_attention`. Stripes
+    travel least where each rank holds whole groups: give `sequence_parallel` a `sparse_attn.distributed.group_layout`.
+
     Args:
-        model: a transformers model whose causal attention goes through its AttentionInterface.
+        model: a transformers model whose causal attention goes through its AttentionInterface: Llama, Qwen2, Qwen3, SmolLM
+            and others; of models that see (Qwen2.5-VL, Qwen3-VL, LLaVA-OneVision) the language model.
         config: one for all layers, or what `tune` found.
-        exact_below: calls with fewer new rows than this use dense attention: decoding.
+        exact_below: calls with fewer new rows than this use dense attention: decoding (spread rows: `cut_from` decides).
+        keep: rows of the prompt that every later group sees, for example visual tokens.
+        plans: these columns for a prompt given whole, a layer each, instead of config; a layer without one is dense.
+        density: instead of a theta the share of causal pairs to compute; each layer's theta is estimated at each prefill
+            (`sparse_attn.theta_for_density`).
+        keep_plans: leave `plan` in the stats: its columns take memory in every layer.
+        watch: called with layer, q (B, S, Hq, D), k (B, S, Hkv, D) and scale of each prefill, this rank's rows.
+
+    Raises:
+        ValueError: a model or call that cannot be honoured: windows, padding, masks other than causal, soft-capping, sinks.
     """
-    modules = [m for m in model.modules() if hasattr(m, "layer_idx") and getattr(m, "is_causal", False)]
-    if not modules:
+    text_model, modules = find_decoder(model)
+    kinds = getattr(text_model.config, "layer_types", None) or ()
+    if "sliding_attention" in kinds:
         raise ValueError(
-            f"{type(model).__name__} has no causal attention that goes through transformers' AttentionInterface; use a "
-            "model that does (Llama, Qwen2, Qwen3, SmolLM and others)"
+            f"{type(model).__name__} has layers with a sliding window, and {_cannot('a window')}; use the model's own attention"
         )
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _mask)
-    context = _Context(AnchorConfig() if config is None else config, exact_below)
-    former = model.config._attn_implementation  # type: ignore[union-attr]
+    if plans is not None and any(told is not None for told in (config, keep, density)):
+        raise ValueError("got plans= and config=, keep= or density=; a plan says these itself: leave them out")
+    if density is not None and isinstance(config, TunedConfig):
+        raise ValueError("got density= and thetas that were tuned; give one of them")
+    config = AnchorConfig() if config is None else config
+    prefill = _Prefill(config, exact_below, keep, plans, keep_plans, density, watch)
     with ExitStack() as undo:
-        undo.callback(model.set_attn_implementation, former)  # type: ignore[operator]
-        model.set_attn_implementation(NAME)  # type: ignore[operator]
-        for module in modules:
-            undo.callback(delattr, module, _ATTRIBUTE)
-            setattr(module, _ATTRIBUTE, context)
-        yield context.calls
+        if not undo.enter_context(prefill_with(model, prefill.spread)):
+            AttentionInterface.register(NAME, _attention)
+            AttentionMaskInterface.register(NAME, _mask)
+            undo.callback(text_model.set_attn_implementation, text_model.config._attn_implementation)
+            text_model.set_attn_implementation(NAME)
+            for module in modules:
+                undo.callback(delattr, module, _ATTRIBUTE)
+                setattr(module, _ATTRIBUTE, prefill)
+        yield prefill.calls
 
 
 def _attention(
@@ -75,24 +166,25 @@ def _attention(
     dropout: float = 0.0,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    context: _Context | None = getattr(module, _ATTRIBUTE, None)
-    if context is None:
+    prefill: _Prefill | None = getattr(module, _ATTRIBUTE, None)
+    if prefill is None:
         raise ValueError('attention "sparse_attn" was called outside its block; use `with sparse_prefill(model): ...`')
-    if attention_mask is not None or dropout:
-        raise ValueError(
-            "sparse prefill got an attention mask or dropout; it honours causal attention only: leave them out"
-        )
-    for name in ("sliding_window", "softcap", "s_aux"):
-        if options.get(name) is not None:
-            raise ValueError(f"sparse prefill cannot honour {name}={options[name]}; use the model's own attention")
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    exact = query.shape[2] < context.exact_below
-    config = AnchorConfig(theta=float("inf")) if exact else context.of(layer)
+    _refuse({"attention_mask": attention_mask, "dropout": dropout or None})
+    _refuse({name: options.get(name) for name in ("sliding_window", "softcap", "s_aux", "sinks")})
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    out, stats = anchor_attention(q, k, v, config=config, scale=scaling, return_stats=True)
-    if not exact:
-        context.calls[layer] = stats
-    return out, None
+    if q.shape[1] < prefill.exact_below:
+        return anchor_attention(q, k, v, config=AnchorConfig(theta=float("inf")), scale=scaling), None
+    return prefill.attend(int(module.layer_idx), q, k, v, scaling), None  # type: ignore[arg-type]
+
+
+def _refuse(given: Mapping[str, Any]) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{_cannot(name)}; leave it out, or use the model's own attention")
+
+
+def _cannot(what: str) -> str:
+    return f"sparse prefill cannot honour {what}: it is causal attention and nothing else"
 
 
 def _mask(*_: Any, mask_function: Any = causal_mask_function, attention_mask: Tensor | None = None, **__: Any) -> None:

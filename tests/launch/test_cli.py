@@ -56,7 +56,12 @@ def complaint(capfd):
         (["a.mp4", "--nproc", "two"], ["--nproc"]),
         (["a.mp4", "--nprocs", "2"], ["--nprocs"]),
         (["a.mp4", "--prompt"], ["--prompt"]),
-        (["a.mp4", "--attention", "anchor"], ["anchor", "exact"]),
+        (["a.mp4", "--attention", "sparse"], ["sparse", "exact, anchor"]),
+        (["a.mp4", "--attention", "anchor", "--schedule", "ring"], ["attention.schedule", "'ring'", "leave it out"]),
+        (
+            ["a.mp4", "--attention", "anchor", "--anchor-theta", "3", "--anchor-density", "0.1"],
+            ["anchor.theta", "one of them"],
+        ),
         (["a.mp4", "--schedule", "rings"], ["rings", "auto, ring, biring, tokenring, gather, mesh:AxB"]),
         (["a.mp4", "--engine", "slurm"], ["slurm", "torchrun, ray, mpi"]),
         (["a.mp4", "--top-k", "4"], ["top_k", "temperature"]),

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
+import tokenring as tr
 from sparse_attn import AnchorConfig, TunedConfig, compare_logits
 from sparse_attn.integrations.huggingface import sparse_prefill
+from tokenring.integrations.huggingface import SpreadCache, sequence_parallel
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +78,86 @@ def test_each_layer_has_its_own_thetas(model: LlamaForCausalLM, ids: torch.Tenso
     with sparse_prefill(model, TunedConfig(layers, "recall", 0.9, 0.9)) as calls:
         model(ids)
     assert calls[0].density == 1.0 and calls[1].stripe_density == 0
+
+
+@torch.no_grad()
+def test_over_ranks_it_composes_with_sequence_parallel(model: LlamaForCausalLM, ids: torch.Tensor) -> None:
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
+    with sparse_prefill(model, SPARSE) as alone:
+        expected = model.generate(ids, **options)
+        logits = model(ids).logits
+    further = torch.randint(0, 50, (1, 150), generator=torch.Generator().manual_seed(2))
+
+    def rank(group: tr.LocalGroup) -> tuple[torch.Tensor, torch.Tensor, dict, dict]:
+        own = copy.deepcopy(model)
+        with torch.no_grad(), sequence_parallel(own, group), sparse_prefill(own, SPARSE, keep_plans=True) as calls:
+            cache = SpreadCache(None, group)
+            written = own.generate(ids, past_key_values=cache, **options)
+            first = dict(calls)
+            own(further, position_ids=204 + torch.arange(150)[None], past_key_values=cache, use_cache=True)
+            later = dict(calls)
+            return written, own(ids, position_ids=torch.arange(200)[None]).logits, first, later
+
+    for written, whole, calls, later in tr.run_local(3, rank):
+        assert torch.equal(written, expected)
+        torch.testing.assert_close(whole, logits, atol=1e-4, rtol=1e-3)
+        assert calls[1].path == "sparse" and calls[1].bytes_sent > 0 and calls[1].plan is not None
+        assert calls[1].density == pytest.approx(alone[1].density, rel=1e-6)
+        assert later[0].path == "dense" and "on top of a spread cache" in later[0].why
+
+
+@torch.no_grad()
+def test_a_density_can_be_asked_for(model: LlamaForCausalLM, ids: torch.Tensor) -> None:
+    with sparse_prefill(model, SPARSE, density=0.5) as calls:
+        model(ids)
+    assert all(stats.density == pytest.approx(0.5, abs=0.1) for stats in calls.values())
+    assert calls[0].theta != calls[1].theta
+
+
+@torch.no_grad()
+def test_given_columns_are_used_and_the_rest_is_dense(model: LlamaForCausalLM, ids: torch.Tensor) -> None:
+    with sparse_prefill(model, SPARSE, keep_plans=True) as calls:
+        sparse, plans = model(ids).logits, {layer: stats.plan for layer, stats in calls.items()}
+    with sparse_prefill(model, plans=plans):
+        torch.testing.assert_close(model(ids).logits, sparse)
+    with sparse_prefill(model, plans={}) as calls:
+        torch.testing.assert_close(model(ids).logits, model(ids).logits)
+    assert {stats.path for stats in calls.values()} == {"dense"}
+
+
+@torch.no_grad()
+def test_of_a_model_that_sees_only_the_language_model_changes() -> None:
+    seen, text = {"image_size": 8, "patch_size": 4, "num_hidden_layers": 2}, {"vocab_size": 60, "num_hidden_layers": 2}
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**small, **seen),
+        text_config=LlamaConfig(**small, **text, num_key_value_heads=1),
+        image_token_index=59,
+    )
+    torch.manual_seed(0)
+    whole = LlavaForConditionalGeneration(config).eval()
+    prompt = {"input_ids": torch.tensor([[1, *[59] * 4, *range(2, 50)]]), "pixel_values": torch.randn(1, 3, 8, 8)}
+    expected = whole(**prompt).logits
+    with sparse_prefill(whole, AnchorConfig(theta=1e9, block=4, step=2, dense="never")) as calls:
+        torch.testing.assert_close(whole(**prompt).logits, expected, atol=2e-5, rtol=1e-4)
+    with sparse_prefill(whole, AnchorConfig(theta=-9.0, block=4, step=2, dense="never"), keep=range(1, 5)) as kept:
+        whole(**prompt)
+    assert set(calls) == set(kept) == {0, 1} and kept[0].density < 1
+
+
+@torch.no_grad()
+def test_windows_plans_with_settings_and_two_densities_are_refused(model: LlamaForCausalLM) -> None:
+    shape = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    config = Qwen2Config(
+        **shape, num_attention_heads=2, num_key_value_heads=1, use_sliding_window=True, max_window_layers=1
+    )
+    with pytest.raises(ValueError, match="sliding window"), sparse_prefill(Qwen2ForCausalLM(config)):
+        pass
+    with pytest.raises(ValueError, match="a plan says these itself"), sparse_prefill(model, SPARSE, plans={}):
+        pass
+    tuned = TunedConfig({0: SPARSE}, "recall", 0.9, 0.9)
+    with pytest.raises(ValueError, match="give one of them"), sparse_prefill(model, tuned, density=0.1):
+        pass
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ Rows that come whole and are cut here leave the model whole again, so `model.gen
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,8 @@ class Context:
     """Whether the cache holds rows before those of this call."""
     gather: bool = False
     """Whether the rows came whole."""
+    prefill: Callable[..., Tensor] | None = None
+    """What attends to prompts instead of `tokenring.attention`; see `huggingface.prefill_with`."""
 
 
 class Enter:

@@ -20,7 +20,7 @@ documents, dropout, attention maps, masks that are neither causal nor a sliding 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +56,10 @@ _HARMLESS = frozenset(
     }
 )
 
-__all__ = ["NAME", "SpreadCache", "register", "sequence_parallel"]
+Prefill = Callable[..., Tensor]
+"""attend(layer, q, k, v, *, group, layout, mask, scale, softcap, sinks, continued, dense) -> out, see `prefill_with`."""
+
+__all__ = ["NAME", "Prefill", "SpreadCache", "find_decoder", "prefill_with", "register", "sequence_parallel"]
 
 
 def register() -> None:
@@ -111,7 +114,9 @@ def sequence_parallel(
     check_layout(layout, runtime.world)
     if cut_from < 1:
         raise ValueError(f"cut_from is {cut_from}; give 1 or more rows")
-    text_model, modules = _find(model)
+    text_model, modules = find_decoder(model)
+    if any(hasattr(m, _ATTRIBUTE) for m in modules):
+        raise ValueError(f"{type(model).__name__} is already inside sequence_parallel; leave that block first")
     former = text_model.config._attn_implementation
     options = {"schedule": schedule, "topology": topology}
     windows = windows_of(text_model.config)
@@ -134,15 +139,41 @@ def sequence_parallel(
         yield model
 
 
-def _find(model: nn.Module) -> tuple[PreTrainedModel, list[nn.Module]]:
-    """The innermost transformers model that owns the causal attention modules, and those modules."""
+@contextmanager
+def prefill_with(model: nn.Module, attend: Prefill) -> Iterator[bool]:
+    """Inside `sequence_parallel`: prompts are attended to by `attend`; new tokens stay with `tokenring.decode_attention`.
+
+    Yields False, and changes nothing, where the model is not inside `sequence_parallel`.
+
+    Args:
+        attend: called by every layer with its number, q (B, rows, Hq, D), k and v (B, rows, Hkv, D) of this rank, and by name
+            group, layout, mask, scale, softcap, sinks; `continued`: whether the cache held earlier rows (k and v are then all
+            rows of this rank); `dense`: a function without arguments that gives what would have been computed. Returns out
+            (B, rows, Hq, Dv).
+    """
+    contexts = {id(c): c for m in find_decoder(model)[1] if (c := getattr(m, _ATTRIBUTE, None)) is not None}
+    if any(context.prefill is not None for context in contexts.values()):
+        raise ValueError(f"{type(model).__name__} already prefills with another attention; leave that block first")
+    try:
+        for context in contexts.values():
+            context.prefill = attend
+        yield bool(contexts)
+    finally:
+        for context in contexts.values():
+            context.prefill = None
+
+
+def find_decoder(model: nn.Module) -> tuple[PreTrainedModel, list[nn.Module]]:
+    """The innermost transformers model that owns the causal attention modules, and those modules, a layer each.
+
+    Raises:
+        ValueError: there is none, or not every layer mixes rows by full or sliding causal attention.
+    """
     modules = [m for m in model.modules() if _is_decoder_attention(m)]
     if not modules:
         raise ValueError(
             f"{type(model).__name__} has no causal attention module of transformers; give a decoder model such as Llama"
         )
-    if any(hasattr(m, _ATTRIBUTE) for m in modules):
-        raise ValueError(f"{type(model).__name__} is already inside sequence_parallel; leave that block first")
     config = modules[0].config
     owners = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.config is config]
     kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
@@ -194,12 +225,18 @@ def _attention(
     q, layer = query.transpose(1, 2), None if context.cache is None else context.cache.layers[module.layer_idx]
     if context.chunk is None:
         return layer.store.decode(q, topology=context.options["topology"], **options), None
-    options |= context.options
-    if context.continued:
-        out = layer.store.attention(q, context.chunk, **options)
+    rows = (q, key.transpose(1, 2), value.transpose(1, 2))
+
+    def dense() -> Tensor:
+        if context.continued:
+            return layer.store.attention(q, context.chunk, **options, **context.options)
+        return tr.attention(*rows, group=context.group, layout=context.chunk, **options, **context.options)
+
+    if context.prefill is None:
+        out = dense()
     else:
-        rows = (q, key.transpose(1, 2), value.transpose(1, 2))
-        out = tr.attention(*rows, group=context.group, layout=context.chunk, **options)
+        where = {"group": context.group, "layout": context.chunk, "continued": context.continued, "dense": dense}
+        out = context.prefill(module.layer_idx, *rows, **where, **options)
     if layer is not None:
         layer.trim()
     return out, None
