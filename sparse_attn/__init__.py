@@ -13,7 +13,7 @@ from sparse_attn.metrics import LogitsDifference, Recall, compare_logits, mass_r
 from sparse_attn.reference import reference_attention
 from sparse_attn.stats import Stats
 from sparse_attn.stripes import StripePlan
-from sparse_attn.tune import TunedConfig, tune
+from sparse_attn.tune import TunedConfig, Tuner, tune
 
 __all__ = [
     "AnchorConfig",
@@ -23,6 +23,7 @@ __all__ = [
     "Stats",
     "StripePlan",
     "TunedConfig",
+    "Tuner",
     "anchor_attention",
     "baselines",
     "compare_logits",

@@ -108,8 +108,11 @@ def test_over_ranks_it_composes_with_sequence_parallel(model: LlamaForCausalLM, 
 
 @torch.no_grad()
 def test_a_density_can_be_asked_for(model: LlamaForCausalLM, ids: torch.Tensor) -> None:
-    with sparse_prefill(model, SPARSE, density=0.5) as calls:
-        model(ids)
+    peaked = copy.deepcopy(model)
+    for layer in peaked.model.layers:
+        layer.self_attn.q_proj.weight *= 300
+    with sparse_prefill(peaked, SPARSE, density=0.5) as calls:
+        peaked(ids)
     assert all(stats.density == pytest.approx(0.5, abs=0.1) for stats in calls.values())
     assert calls[0].theta != calls[1].theta
 
