@@ -27,6 +27,7 @@ from sparse_attn.geometry import Geometry, Group, geometry_of
 from sparse_attn.identify import finder
 from sparse_attn.identify.means import MeanFinder
 from sparse_attn.kernels.choice import block_kernel
+from sparse_attn.kernels.state import AnchorState
 from sparse_attn.kernels.torch_kernel import TorchKernel
 
 THETAS = torch.linspace(-6, 18, 241, dtype=torch.float64)
@@ -109,8 +110,9 @@ def _columns(
     sizes = g.block, g.step, g.initial, g.window
     alone = LocalGeometry((((0, group.count), (0, k.shape[1])),), *sizes, (near,))
     kernel = TorchKernel(block_kernel("auto"), q, k, scale)
-    _, lse = pattern_based_anchor(kernel, q, k, k, alone, None)
-    needed, exact = _from_finder(q, k, lse, alone, near, config, scale), config.identify in ("every", "rescore")
+    state = pattern_based_anchor(kernel, q, k, k, alone, None, config.identify == "pooled")
+    lse = state.lse
+    needed, exact = _from_finder(q, k, state, alone, near, config, scale), config.identify in ("every", "rescore")
     each = q.shape[2] // k.shape[2]
     shared: list[tuple[Tensor, Tensor]] = []
     for head in range(q.shape[2]):
@@ -129,17 +131,17 @@ def _columns(
 
 
 def _from_finder(
-    q: Tensor, k: Tensor, lse: Tensor, geometry: Geometry, group: Group, config: AnchorConfig, scale: float
+    q: Tensor, k: Tensor, state: AnchorState, geometry: Geometry, group: Group, config: AnchorConfig, scale: float
 ) -> Tensor:
     """float64 (Hq, C): from which theta on a column is kept (means), or passes the first test (the bound of `rescore`)."""
-    first = finder(q, k, lse, geometry, replace(config, theta=0.0), scale)
+    first = finder(q, k, state, geometry, replace(config, theta=0.0), scale)
     if isinstance(first, MeanFinder):
         return -first.margins(group, 0).double().cpu()
     needed = torch.full((q.shape[2], group.candidate_keys), -math.inf, dtype=torch.float64)
     if config.identify == "rescore":
         needed.fill_(math.inf)
         for theta in reversed(BOUNDS.tolist()):
-            passed = finder(q, k, lse, geometry, replace(config, theta=theta), scale).passed(group, 0)
+            passed = finder(q, k, state, geometry, replace(config, theta=theta), scale).passed(group, 0)
             needed[passed.cpu()] = theta
             if not passed.any():
                 break
