@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import platform
 import pydoc_data.topics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launch.assets import demo_dir
+from launch.assets import cache_dir, demo_dir
 from sparse_attn import StripePlan, compare_logits, execute
 
 CHUNK = 512
@@ -31,7 +32,6 @@ class Model:
         folder = demo_dir() / "smollm2"
         self.tokens = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **config).eval()
-        self._dense: dict[tuple[str, int], Tensor] = {}
 
     def ids(self, name: str, length: int) -> Tensor:
         """(1, length) token ids of a text, repeated where it is shorter."""
@@ -44,10 +44,13 @@ class Model:
         return self.model.model(ids).last_hidden_state[0]
 
     def dense(self, text: str, length: int) -> Tensor:
-        """`hidden` of a text with the model's own attention; computed once."""
-        if (text, length) not in self._dense:
-            self._dense[text, length] = self.hidden(self.ids(text, length))
-        return self._dense[text, length]
+        """`hidden` of a text with the model's own attention; kept beside the model, since every comparison asks for it."""
+        path = cache_dir() / f"hidden-{demo_dir().name}-python{platform.python_version()}-{text}-{length}.pt"
+        if not path.is_file():
+            part = path.with_suffix(".part")
+            torch.save(self.hidden(self.ids(text, length)).clone(), part)
+            part.rename(path)
+        return torch.load(path, weights_only=True)
 
     def compared(self, hidden: Tensor, dense: Tensor, ids: Tensor) -> dict[str, float]:
         """Loss difference, KL and top-1, some rows' logits at a time."""

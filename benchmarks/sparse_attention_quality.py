@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.language_model import TEXTS, Model, with_plans, with_recording
+from benchmarks.language_model import TEXTS, Model, dense_attention, with_attention, with_plans, with_recording
 from benchmarks.record import measured
-from sparse_attn import AnchorConfig, TunedConfig, baselines
+from sparse_attn import AnchorConfig, TunedConfig, Tuner, baselines
 from sparse_attn.integrations.huggingface import sparse_prefill
 
 __all__ = ["Model", "with_recording"]
@@ -124,6 +125,30 @@ def at_equal_density(ours: list[Row], theirs: Row) -> Row:
     return named | told | {"rescore/pooled": told["rescore"] / theirs["nll"]}
 
 
+def tuned(model: Model, args: argparse.Namespace) -> Row:
+    """Thetas by layer and head, found on one text of 4,096 tokens, tried on another of 8,192; one theta for all beside them."""
+    tuner = Tuner(AnchorConfig(dense="never", block=args.block, step=args.step), groups=4)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        tuner.watch(layer, q, k, scale)
+        return dense_attention(q, k, v, scale)
+
+    with with_attention(model.model, attend):
+        model.hidden(model.ids("sources", args.tune_length))
+    rows = []
+    for density in args.densities:
+        found = tuner.tune(target=density, metric="density")
+        if args.save:
+            found.save(args.save)
+        named = {"method": "tuned", "setting": {"density asked": density}}
+        rows.append(of_config(model, found, "reference", args.tried_length, **named))
+        rows[-1]["thetas"] = {number: config.theta for number, config in found.layers.items()}
+    for theta in args.thetas:
+        named = {"method": "one theta", "setting": {"theta": theta}}
+        rows.append(of_config(model, anchor("rescore", theta, args), "reference", args.tried_length, **named))
+    return {"tuned on": {"text": "sources", "length": args.tune_length}, "rows": rows}
+
+
 def needle(model: Model, args: argparse.Namespace) -> Row:
     """A sentence at 10 depths of a text, and what dense and sparse prefill make of a question about it."""
     config = TunedConfig.load(args.load) if args.load else anchor("rescore", args.theta, args)
@@ -157,7 +182,7 @@ def shown(row: Row) -> Row:
     return row
 
 
-STEPS = {"equal": equal, "needle": needle, "sweep": sweep}
+STEPS = {"equal": equal, "tuned": tuned, "needle": needle, "sweep": sweep}
 
 
 def main() -> None:
@@ -166,6 +191,11 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="*", default=[4096, 8192], help="of equal")
     parser.add_argument("--length", type=int, default=4096, help="of sweep")
     parser.add_argument("--needle-length", type=int, default=2048)
+    parser.add_argument("--tune-length", type=int, default=4096)
+    parser.add_argument("--tried-length", type=int, default=8192)
+    parser.add_argument("--densities", type=float, nargs="*", default=[0.2], help="of tuned")
+    parser.add_argument("--thetas", type=float, nargs="*", default=[6.0], help="tuned: one for all layers and heads")
+    parser.add_argument("--save", help="tuned: write the last thetas here")
     parser.add_argument("--text", choices=TEXTS, default="reference")
     parser.add_argument("--methods", nargs="*", help="of the sweep; all where not given")
     parser.add_argument("--block", type=lambda s: s if s == "auto" else int(s), default="auto")

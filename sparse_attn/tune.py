@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from sparse_attn.config import AnchorConfig
@@ -76,6 +75,7 @@ class TunedConfig:
 class Tuner:
     """Takes in queries and keys a layer at a time and keeps curves only, so that no text's queries have to be held.
 
+    >>> import torch
     >>> tuner = Tuner(AnchorConfig(block=8, step=4, dense="never"))
     >>> tuner.watch(0, torch.randn(1, 300, 2, 16), torch.randn(1, 300, 1, 16))
     >>> tuned = tuner.tune(target=0.5, metric="density")
@@ -200,6 +200,7 @@ def tune(
         steps: calls of `loss`.
         groups: groups of rows that are looked at in each text.
 
+    >>> import torch
     >>> q, k = torch.randn(1, 300, 2, 16), torch.randn(1, 300, 1, 16)
     >>> tuned = tune([[(q, k)]], target=0.9, config=AnchorConfig(block=8, step=4, dense="never"))
     >>> tuned.reached >= 0.9, len(tuned.layer(0).theta)
