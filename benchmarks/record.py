@@ -29,6 +29,14 @@ def write(path: Path, what: str, rows: list | dict, **more: object) -> None:
     path.write_text(json.dumps(measured() | {"what": what} | more | {"rows": rows}, indent=1) + "\n")
 
 
+def kept(path: Path, what: str) -> list[dict]:
+    """The rows that a file holds of the same question at the same commit: what was measured piece by piece."""
+    if not path.is_file():
+        return []
+    before = json.loads(path.read_text())
+    return before["rows"] if (before["what"], before["commit"]) == (what, _commit()) else []
+
+
 def _commit() -> str:
     here = Path(__file__).parent
     done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=here)

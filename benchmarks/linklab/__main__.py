@@ -18,7 +18,7 @@ from benchmarks.linklab.measure import Result, measure
 from benchmarks.linklab.probing import probe, table
 from benchmarks.linklab.raw import link_rates, patterns
 from benchmarks.linklab.wiring import NAMES, wire
-from benchmarks.record import write
+from benchmarks.record import kept, write
 
 GRID = {"topology": "mesh,ring,switch,nodes:2x2,bus", "mbit": "40,100", "gqa": "1,4", "ratio": "1,0.25"}
 ONE = {"topology": "mesh", "mbit": "40", "gqa": "1", "ratio": "1"}
@@ -102,12 +102,13 @@ def sparse_prefill(options: argparse.Namespace) -> None:
     """AnchorAttention over ranks beside every dense schedule."""
     asked = sparse.Prefill(length=options.length, heads=tuple(options.heads), world=options.ranks)
     cells = list(itertools.product(_names(options.topology), _numbers(options.mbit)))
-    rows = []
+    what = f"seconds of one forward pass, medians of {options.repeat}: {asked}"
+    rows = kept(options.out, what) if options.out else []
     for result in sparse.measure(asked, cells, _names(options.identify), options.repeat):
         print(sparse.table(result), flush=True)
         rows.append(result.to_dict())
-    if options.out:
-        write(options.out, f"seconds of one forward pass, medians of {options.repeat}: {asked}", rows)
+        if options.out:
+            write(options.out, what, rows)
 
 
 def _parser() -> argparse.ArgumentParser:
