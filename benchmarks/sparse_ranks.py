@@ -159,6 +159,9 @@ def main() -> None:
     """The command."""
     args = arguments()
     torch.set_num_threads(1)
+    head = measured() | {
+        "what": "bytes counted where they leave beside a dense ring's; pairs and processor seconds of ranks"
+    }
     rows = []
     for kind, title, given in inputs(args):
         print(f"{title}, {args.world} ranks", flush=True)
@@ -170,9 +173,8 @@ def main() -> None:
                 | judged(kind, given[0].shape[1], case(given, config, args.world, args.check))
             )
             print(shown(rows[-1]), flush=True)
-    if args.out:
-        what = "bytes counted where they leave beside a dense ring's; pairs and processor seconds of ranks"
-        args.out.write_text(json.dumps(measured() | {"what": what, "rows": rows}, indent=1) + "\n")
+            if args.out:
+                args.out.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

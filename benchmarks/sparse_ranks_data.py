@@ -9,9 +9,6 @@ from torch import Tensor
 
 from sparse_attn import AnchorConfig, plan
 
-WHOLE = 16384
-"""Up to so many positions all heads settle theta."""
-
 
 def planted(length: int, heads: tuple[int, int], dim: int, share: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """q, k, v: every key head has keys of its own, a share of them, where its queries look, and all see the first four."""
@@ -26,9 +23,7 @@ def planted(length: int, heads: tuple[int, int], dim: int, share: float, dtype: 
 
 
 def at_stripes(q: Tensor, k: Tensor, config: AnchorConfig, target: float) -> AnchorConfig:
-    """The configuration with the theta that keeps a share of columns (the paper's ratio); long inputs: for the first key head."""
-    if q.shape[1] > WHOLE:
-        q, k = q[:, :, : q.shape[2] // k.shape[2]], k[:, :, :1]
+    """The configuration with the theta that keeps a share of columns (the paper's ratio), all heads together."""
     low, high = -5.0, 25.0
     for _ in range(10):
         middle = (low + high) / 2

@@ -63,16 +63,14 @@ class Owner:
 
     def _judge(self, words: Tensor, other: int, groups: Sequence[int], flats: Mapping[int, Flats]) -> None:
         """Set the bits of some groups of a rank where they want this rank's rows."""
-        for number in groups:
-            rows = self.cut.candidates[self.rank].get(number)
-            if rows is None:
-                continue
-            place, here = self.cut.groups[other].index(number), rows_of(rows, self.k.device)
-            wanted = self.summary.wanted(number, flats[number], rows) & self.free[here]
-            wanted = wanted.unflatten(1, (self.k.shape[2], self.each)).flatten(0, 1).to(torch.int32)
+        candidates = self.cut.candidates[self.rank]
+        asked = {number: candidates[number] for number in groups if number in candidates}
+        for number, wanted in self.summary.wanted(flats, asked):
+            place, here = self.cut.groups[other].index(number), rows_of(asked[number], self.k.device)
+            wanted = (wanted & self.free[here]).unflatten(1, (self.k.shape[2], self.each)).flatten(0, 1)
             for head in range(self.each):
                 word, shift = divmod(place * self.each + head, BITS)
-                words[:, here, word] |= wanted[:, head] << shift
+                words[:, here, word] |= wanted[:, head].to(torch.int32) << shift
 
 
 def _by_group(told: Iterable[tuple[Part, Tensor]]) -> dict[int, list[tuple[Part, Tensor]]]:

@@ -11,8 +11,8 @@ part's numbers travel as one flat run whose length every rank knows.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby, pairwise
 from typing import Protocol
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from sparse_attn.config import AnchorConfig
 from sparse_attn.distributed.cut import Cut, Part
 from sparse_attn.geometry import Group
-from sparse_attn.identify.means import mean_margins
+from sparse_attn.identify.means import MARGINS_AT_ONCE, ROWS_AT_ONCE, mean_margins
 from sparse_attn.identify.products import column_maximum, test_dtype, with_anchor, with_ones
 from sparse_attn.identify.rows import LONG
 from tokenring.merge import accumulator_dtype
@@ -43,8 +43,11 @@ class Summary(Protocol):
     def of_part(self, part: Part) -> Tensor:
         """Those numbers, flat; asked on the rank that holds the part."""
 
-    def wanted(self, number: int, flats: Flats, rows: Sequence[Range]) -> Tensor:
-        """bool (B, Hq, candidates among the rows): asked on the owner of these rows of k."""
+    def wanted(self, told: Mapping[int, Flats], rows: Mapping[int, Sequence[Range]]) -> Iterator[tuple[int, Tensor]]:
+        """For each group that has candidates among an owner's rows, asked there: its number, and bool (B, Hq, candidates).
+
+        told: of all its parts. rows: its candidates, ascending by position; groups in their order.
+        """
 
 
 def runs(part: Part, origin: int, length: int) -> tuple[int, list[int]]:
@@ -92,7 +95,33 @@ class Means:
         means = flat(means if part.group in self.cut.shared else means.to(self.dtype), self.dtype)
         return torch.cat([flat(anchors, self.dtype), means])
 
-    def wanted(self, number: int, flats: Flats, rows: Sequence[Range]) -> Tensor:
+    def wanted(self, told: Mapping[int, Flats], rows: Mapping[int, Sequence[Range]]) -> Iterator[tuple[int, Tensor]]:
+        for numbers in self._together(rows):
+            counts = [_count(rows[number]) for number in numbers]
+            means, anchors = (torch.stack(x, 2) for x in zip(*(self._put_together(n, told[n]) for n in numbers)))
+            keys = (picked(k, rows[numbers[-1]]) for k in self.k)
+            margins = torch.stack([mean_margins(m, a, k, counts) for m, a, k in zip(means, anchors, keys)])
+            for place, (number, count) in enumerate(zip(numbers, counts)):
+                yield number, margins[:, :, place, :count] >= -self.theta
+
+    def _together(self, rows: Mapping[int, Sequence[Range]]) -> Iterator[list[int]]:
+        """Runs of groups of one document with as many rows and blocks: the candidates of each begin those of the next."""
+        groups, each = self.cut.geometry.groups, self.shape[1] // self.k.shape[2]
+
+        def kind(number: int) -> tuple[int, ...]:
+            return groups[number].document, groups[number].count, self._lead(groups[number])
+
+        for (_, count, _), alike in groupby(rows, kind):
+            found = list(alike)
+            most = min(
+                ROWS_AT_ONCE // (each * -(-count // self.cut.geometry.block)),
+                MARGINS_AT_ONCE // max(1, math.prod(self.shape) * self.k.shape[1]),
+            )
+            for first in range(0, len(found), max(1, most)):
+                yield found[first : first + max(1, most)]
+
+    def _put_together(self, number: int, flats: Flats) -> tuple[Tensor, Tensor]:
+        """Scaled mean queries (B, Hq, blocks, D) and mean anchors (B, Hq, blocks) of a group, out of its parts."""
         group, block = self.cut.geometry.groups[number], self.cut.geometry.block
         cuts = [0, *range(block - self._lead(group), group.count, block), group.count]
         sizes = [b - a for a, b in pairwise(cuts)]
@@ -106,12 +135,7 @@ class Means:
             dtype = self.wide if number in self.cut.shared else self.dtype
             anchors[:, :, here] += unflat(numbers[:head], self.wide, (*self.shape, -1)) * share
             means[:, :, here] += unflat(numbers[head:], dtype, (*self.shape, len(counts), -1)) * share[:, None]
-        return torch.stack(
-            [
-                mean_margins(m[:, None], a[:, None], x, [len(x)])[:, 0] >= -self.theta
-                for m, a, x in zip(means, anchors, (picked(k, rows) for k in self.k))
-            ]
-        )
+        return means, anchors
 
 
 class Boxes:
@@ -152,7 +176,12 @@ class Boxes:
         low, high = torch.aminmax(torch.cat([ends[0], rows, ends[1]], 2).unflatten(2, (len(counts), box)), dim=3)
         return torch.cat([flat(self.near[:, :, part.group], self.dtype), torch.stack([low, high], 3).flatten()])
 
-    def wanted(self, number: int, flats: Flats, rows: Sequence[Range]) -> Tensor:
+    def wanted(self, told: Mapping[int, Flats], rows: Mapping[int, Sequence[Range]]) -> Iterator[tuple[int, Tensor]]:
+        for number, here in rows.items():
+            yield number, self._within_bound(number, told[number], here)
+
+    def _within_bound(self, number: int, flats: Flats, rows: Sequence[Range]) -> Tensor:
+        """bool (B, Hq, candidates) of one group."""
         group, box = self.cut.geometry.groups[number], self.config.box
         shape = *self.shape, -(-group.count // box), self.dim
         wide = accumulator_dtype(self.dtype)
@@ -192,9 +221,13 @@ class Nothing:
     def of_part(self, part: Part) -> Tensor:
         return self.q.new_empty(0)
 
-    def wanted(self, number: int, flats: Flats, rows: Sequence[Range]) -> Tensor:
-        count = sum(b - a for a, b in rows)
-        return torch.ones(self.q.shape[0], self.q.shape[2], count, dtype=torch.bool, device=self.q.device)
+    def wanted(self, told: Mapping[int, Flats], rows: Mapping[int, Sequence[Range]]) -> Iterator[tuple[int, Tensor]]:
+        for number, here in rows.items():
+            yield number, torch.ones(*self.q.shape[::2], _count(here), dtype=torch.bool, device=self.q.device)
+
+
+def _count(rows: Sequence[Range]) -> int:
+    return sum(b - a for a, b in rows)
 
 
 def picked(x: Tensor, rows: Sequence[Range], dim: int = 0) -> Tensor:
