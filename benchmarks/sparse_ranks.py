@@ -15,7 +15,6 @@ not measured here (`python -m benchmarks.linklab sparse` does that); seconds are
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import Tensor
 
 import tokenring as tr
 from benchmarks.long_queries import captured
-from benchmarks.record import measured
+from benchmarks.record import write
 from benchmarks.sparse_ranks_data import at_stripes, planted
 from sparse_attn import AnchorConfig, anchor_attention
 from sparse_attn.distributed import attend, group_layout
@@ -159,9 +158,6 @@ def main() -> None:
     """The command."""
     args = arguments()
     torch.set_num_threads(1)
-    head = measured() | {
-        "what": "bytes counted where they leave beside a dense ring's; pairs and processor seconds of ranks"
-    }
     rows = []
     for kind, title, given in inputs(args):
         print(f"{title}, {args.world} ranks", flush=True)
@@ -174,7 +170,11 @@ def main() -> None:
             )
             print(shown(rows[-1]), flush=True)
             if args.out:
-                args.out.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
+                write(
+                    args.out,
+                    "bytes counted where they leave beside a dense ring's; pairs and processor seconds of ranks",
+                    rows,
+                )
 
 
 if __name__ == "__main__":
