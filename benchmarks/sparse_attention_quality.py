@@ -35,7 +35,7 @@ SWEEPS: dict[str, tuple[float, ...]] = {
     "lse": (8.0,),
     "pooled": (4.0, 6.0, 8.0),
 }
-EQUAL = {"rescore": (4.0, 6.0), "pooled": (4.0, 6.0)}
+EQUAL = {"rescore": (4.0, 6.0), "pooled": (6.0,)}
 BASELINES: dict[str, list[dict[str, Any]]] = {
     "streaming": [{"initial": 128, "local": 512}, {"initial": 128, "local": 1024}],
     "vertical_slash": [{"vertical": 200, "slash": 300}, {"vertical": 400, "slash": 800}],
@@ -88,7 +88,7 @@ def sweep(model: Model, args: argparse.Namespace) -> Row:
 
 
 def equal(model: Model, args: argparse.Namespace) -> Row:
-    """Two thetas each of `rescore` and `pooled`, and the loss of `rescore` at each density of `pooled`."""
+    """`rescore` at two thetas around the density of `pooled` at one, and the loss of `rescore` at that density."""
     rows, found = [], []
     for length in args.lengths:
         here = [
@@ -99,7 +99,7 @@ def equal(model: Model, args: argparse.Namespace) -> Row:
         ours = [row for row in here if row["method"] == "rescore"]
         found += [at_equal_density(ours, row) for row in here if row["method"] == "pooled"]
         rows += here
-        print(found[-2:], flush=True)
+        print(found[-1], flush=True)
     return {"rows": rows, "at equal density": found}
 
 
@@ -190,11 +190,11 @@ def main() -> None:
     parser.add_argument("what", choices=(*STEPS, "all"))
     parser.add_argument("--lengths", type=int, nargs="*", default=[4096, 8192], help="of equal")
     parser.add_argument("--length", type=int, default=4096, help="of sweep")
-    parser.add_argument("--needle-length", type=int, default=2048)
+    parser.add_argument("--needle-length", type=int, default=1024)
     parser.add_argument("--tune-length", type=int, default=4096)
     parser.add_argument("--tried-length", type=int, default=8192)
     parser.add_argument("--densities", type=float, nargs="*", default=[0.2], help="of tuned")
-    parser.add_argument("--thetas", type=float, nargs="*", default=[6.0], help="tuned: one for all layers and heads")
+    parser.add_argument("--thetas", type=float, nargs="*", default=[], help="tuned: one for all layers and heads")
     parser.add_argument("--save", help="tuned: write the last thetas here")
     parser.add_argument("--text", choices=TEXTS, default="reference")
     parser.add_argument("--methods", nargs="*", help="of the sweep; all where not given")
