@@ -9,6 +9,9 @@ from torch import Tensor
 
 from sparse_attn import AnchorConfig, plan
 
+NEAR = 0.02
+"""How far from the share, relative to it, is near enough."""
+
 
 def planted(length: int, heads: tuple[int, int], dim: int, share: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """q, k, v: every key head has keys of its own, a share of them, where its queries look, and all see the first four."""
@@ -25,8 +28,10 @@ def planted(length: int, heads: tuple[int, int], dim: int, share: float, dtype: 
 def at_stripes(q: Tensor, k: Tensor, config: AnchorConfig, target: float) -> AnchorConfig:
     """The configuration with the theta that keeps a share of columns (the paper's ratio), all heads together."""
     low, high = -5.0, 25.0
-    for _ in range(10):
+    for _ in range(12):
         middle = (low + high) / 2
         found = plan(q, k, config=replace(config, theta=middle)).stripe_density
+        if abs(found - target) <= NEAR * target:
+            return replace(config, theta=middle)
         low, high = (middle, high) if found < target else (low, middle)
     return replace(config, theta=high)

@@ -56,7 +56,7 @@ def home_plans(call: Call, k: Tensor, v: Tensor) -> tuple[Plan, Plan]:
         tuple(sum(p.rows for p in cut.halos[d] if p.owner == s) * heads for s in ranks) for d in ranks
     )
     dims = k.dtype, k.shape[3], v.shape[3]
-    back = mirrored(call.made.settled.counts)
+    back = mirrored(call.made.counts)
     stripes = row_plan("gradients:stripes", back, *dims, direction="backward", lane=AHEAD_LANE)
     return stripes, row_plan("gradients:halo", around, *dims, direction="backward")
 
@@ -69,7 +69,7 @@ def _fold_kept(call: Call, total: Tensor) -> None:
 
 def _far(call: Call, total: Tensor) -> Tensor:
     """(rows, D): the shares of rows that were sent here for stripes, owner by owner, in the order of their lines."""
-    wanted, key_heads = call.made.settled.wanted, total.shape[2]
+    wanted, key_heads = call.made.wanted, total.shape[2]
     heads, columns = wanted.heads[wanted.far], wanted.columns[wanted.far]
     return total[heads // key_heads, columns, heads % key_heads]
 
@@ -87,7 +87,7 @@ def _halo(call: Call, total: Tensor) -> Tensor:
 def _add_stripes(call: Call, total: Tensor, arrived: Tensor) -> None:
     """Shares (rows, D) from all other ranks join those of this rank (B, rows, Hkv, D)."""
     length, key_heads = max(1, total.shape[1]), total.shape[2]
-    others = [lines for rank, lines in enumerate(call.made.settled.sent) if rank != call.rank]
+    others = [lines for rank, lines in enumerate(call.made.sent) if rank != call.rank]
     for lines, part in zip(others, arrived.split(list(map(len, others)))):
         where = lines[:, 0].long()
         heads, rows = where // length, where % length

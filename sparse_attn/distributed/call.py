@@ -21,8 +21,8 @@ from torch import Tensor
 from sparse_attn.anchor import Kernel, fine_grained_sparse, pattern_based_anchor
 from sparse_attn.config import AnchorConfig
 from sparse_attn.distributed.cut import Cut, rows_of
-from sparse_attn.distributed.exchange import Wire, halo_plan
-from sparse_attn.distributed.lists import Lines
+from sparse_attn.distributed.exchange import Counts, Wire, halo_plan
+from sparse_attn.distributed.lists import Lines, Wanted
 from sparse_attn.distributed.local import local_geometry, local_plan, position_geometry, positions_of
 from sparse_attn.distributed.owner import Owner
 from sparse_attn.distributed.sample import Sample
@@ -40,9 +40,12 @@ from tokenring.transport import Transport
 
 
 class Made(NamedTuple):
-    """What backward needs of forward."""
+    """What backward needs of forward, and no more: what travelled lies in `far` alone."""
 
-    settled: Settled
+    wanted: Wanted
+    sent: list[Tensor]
+    counts: Counts
+    """As in `Settled`."""
     near: Pair
     """Keys and values that this rank holds (B, own rows and halo and rows to keep, Hkv, D or Dv)."""
     far: Pair
@@ -120,7 +123,7 @@ class Call:
         with self.stats.timed("stripes"):
             if len(far_plan.indices):
                 fine_grained_sparse(kernel, out, lse, q, *far, far_plan)
-        self.made = Made(settled, near, far, near_plan, far_plan)
+        self.made = Made(wanted, settled.sent, settled.counts, near, far, near_plan, far_plan)
 
     def _near(self, wire: Wire, k: Tensor, v: Tensor, q_heads: int) -> Pair:
         """Keys and values that this rank will hold: its own, its halo's, and those to keep once more, side by side. All ranks
@@ -163,7 +166,7 @@ class Call:
 
     def _report(self, wire: Wire, q: Tensor, k: Tensor, v: Tensor) -> None:
         """What this rank did, and where statistics were asked for what all ranks did together."""
-        stats, cut, rank, wanted = self.stats, self.cut, self.rank, self.made.settled.wanted
+        stats, cut, rank, wanted = self.stats, self.cut, self.rank, self.made.wanted
         (batch, own, kv_heads, _), q_heads = k.shape, q.shape[2]
         stats.ring_bytes = own * batch * kv_heads * (k.shape[3] + v.shape[3]) * k.element_size() * (cut.world - 1)
         if not self.reports:
