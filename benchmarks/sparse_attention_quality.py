@@ -151,7 +151,11 @@ def tuned(model: Model, args: argparse.Namespace) -> Row:
 
 def needle(model: Model, args: argparse.Namespace) -> Row:
     """A sentence at 10 depths of a text, and what dense and sparse prefill make of a question about it."""
-    config = TunedConfig.load(args.load) if args.load else anchor("rescore", args.theta, args)
+    configs: dict[str, AnchorConfig | TunedConfig] = {
+        f"theta {t:g}": anchor("rescore", t, args) for t in args.needle_thetas
+    }
+    if args.load:
+        configs["tuned"] = TunedConfig.load(args.load)
     hay = model.ids("reference", args.needle_length)[0].tolist()
     hidden = model.tokens("\nThe secret code of the blue house is 48213.\n").input_ids
     question = model.tokens(
@@ -161,17 +165,23 @@ def needle(model: Model, args: argparse.Namespace) -> Row:
     for depth in range(10):
         at = len(hay) * depth // 10
         ids = torch.tensor([hay[:at] + hidden + hay[at:] + question])
-        options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-        dense = model.model.generate(ids, **options)[0, ids.shape[1] :]
-        with sparse_prefill(model.model, config) as calls:
-            sparse = model.model.generate(ids, **options)[0, ids.shape[1] :]
-        said = [model.tokens.decode(x) for x in (dense, sparse)]
-        same, density = bool((dense == sparse).all()), mean(c.density for c in calls.values())
-        rows.append({"depth": depth / 10, "dense": said[0], "sparse": said[1], "same": same, "density": density})
+        rows.append({"depth": depth / 10, "dense": answer(model, ids)})
+        for name, config in configs.items():
+            with sparse_prefill(model.model, config) as calls:
+                said = answer(model, ids)
+            rows[-1][name] = {"said": said, "density": mean(c.density for c in calls.values())}
         print(rows[-1], flush=True)
-    found = {"same": sum(r["same"] for r in rows), "dense finds it": sum("48213" in r["dense"] for r in rows)}
-    print(f"same answer at {found['same']} of 10 depths; dense finds it at {found['dense finds it']}")
-    return {"length": args.needle_length, "theta": args.load or args.theta, "rows": rows} | found
+    same = {name: sum(r[name]["said"] == r["dense"] for r in rows) for name in configs}
+    found = {"same as dense": same, "dense finds it": sum("48213" in r["dense"] for r in rows)}
+    found["finds it"] = {name: sum("48213" in r[name]["said"] for r in rows) for name in configs}
+    print(found)
+    return {"length": args.needle_length, "rows": rows} | found
+
+
+def answer(model: Model, ids: Tensor) -> str:
+    """Six tokens, the likeliest each time."""
+    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    return model.tokens.decode(model.model.generate(ids, **options)[0, ids.shape[1] :])
 
 
 def shown(row: Row) -> Row:
@@ -200,7 +210,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", help="of the sweep; all where not given")
     parser.add_argument("--block", type=lambda s: s if s == "auto" else int(s), default="auto")
     parser.add_argument("--step", type=lambda s: s if s == "auto" else int(s), default="auto")
-    parser.add_argument("--theta", type=float, default=2.0, help="of the needle")
+    parser.add_argument("--needle-thetas", type=float, nargs="*", default=[2.0, 4.0, 6.0])
     parser.add_argument("--load", help="needle: use tuned thetas")
     parser.add_argument("--results", type=Path, help="folder for JSON; `all` writes into benchmarks/results")
     args = parser.parse_args()

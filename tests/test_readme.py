@@ -7,13 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_example_prints_what_the_readme_says() -> None:
-    block = next(
-        b for b in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "tr.plan(" in b
-    )
+@pytest.mark.parametrize("call", ["tr.plan(", "anchor_attention("])
+def test_the_example_prints_what_the_readme_says(call: str) -> None:
+    block = next(b for b in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if call in b)
     said = re.findall(r"print\(.*#\s*(.+)$", block, re.M)
     shown = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, check=True)
     assert said and shown.stdout.splitlines() == said
