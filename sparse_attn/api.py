@@ -12,12 +12,10 @@ from torch import Tensor
 from sparse_attn.arguments import check, kept_rows, packed
 from sparse_attn.autograd import Gradients, answer, differentiable
 from sparse_attn.config import AnchorConfig
-from sparse_attn.cost import resolved
-from sparse_attn.geometry import documents_of, geometry_of
 from sparse_attn.gradients import gradients
 from sparse_attn.kernels.blocks import Blocks
 from sparse_attn.kernels.choice import block_kernel
-from sparse_attn.run import Run
+from sparse_attn.run import Run, opening, threads_of
 from sparse_attn.stats import Stats
 from sparse_attn.stripes import StripePlan
 from tokenring import Layout, Mask
@@ -94,7 +92,10 @@ def anchor_attention(
             f"got layout={layout!r}, kv_layout={kv_layout!r} without a group; give group= too, or leave them out on one device"
         )
     run = _prepared(q, k, v, config, scale, mask, cu_seqlens, kv_cu_seqlens, keep, plan, kernel)
-    with torch.no_grad():
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            made = run.forward(q, k, v)
+    else:  # entering a context is felt by short calls
         made = run.forward(q, k, v)
     assert run.plan is not None
     out, lse = differentiable(made, partial(_backward, run), q, k, v)
@@ -170,12 +171,9 @@ def _prepared(
         plan.check(q, k)
         return Run(plan.geometry, AnchorConfig(), scale, kernel, plan.keep, plan, Stats())
     config = DEFAULT if config is None else config
-    config.thetas(q.shape[2])
-    cu_seqlens, kv_cu_seqlens = packed(mask, cu_seqlens, kv_cu_seqlens)
-    documents = documents_of(q.shape[1], k.shape[1], cu_seqlens, kv_cu_seqlens)
-    longest = max(b - a for _, (a, b) in documents) if documents else 0
-    geometry = geometry_of(documents, *resolved(config, longest))
-    return Run(geometry, config, scale, kernel, kept_rows(keep, k), None, Stats())
+    cuts = tuple(x if x is None else tuple(map(int, x)) for x in packed(mask, cu_seqlens, kv_cu_seqlens))
+    known = opening(q.shape, k.shape, v.shape[3], cuts, config, q.device, threads_of(q))
+    return Run(known.geometry, config, scale, kernel, kept_rows(keep, k), known.plan, Stats(), known.sample, known.why)
 
 
 def _backward(run: Run, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, do: Tensor) -> Gradients:

@@ -106,18 +106,18 @@ def sampled(geometry: Geometry, group: Group) -> Range:
     return start, start + count
 
 
-def sample_cost(geometry: Geometry, config: AnchorConfig, heads: int, dim: int) -> float:
-    """Pairs of one head that looking at one group costs."""
+def sample_cost(geometry: Geometry, config: AnchorConfig, heads: int, dim: int, threads: int) -> float:
+    """Pairs of one head that looking at one group costs: too little work to share among threads, which dense attention has."""
     region = geometry.rows * (geometry.rows / 2 + geometry.initial + geometry.window) * ANCHOR_PAIR
     tests = PRODUCT * geometry.rows * SAMPLE_COLUMNS * (4 / config.box + LIKELY_PASSED)
-    return region + tests + SAMPLE / max(1, heads) * HEAD_DIM / dim
+    return threads * (region + tests + SAMPLE / max(1, heads) * HEAD_DIM / dim)
 
 
 @lru_cache(maxsize=512)
-def pays(geometry: Geometry, config: AnchorConfig, heads: int, dim: int) -> tuple[bool, str]:
+def pays(geometry: Geometry, config: AnchorConfig, heads: int, dim: int, threads: int = 1) -> tuple[bool, str]:
     """Whether stripes are likely to beat dense attention before anything is computed, and in words why."""
     dense = geometry.causal_pairs
-    sample = sample_cost(geometry, config, heads, dim)
+    sample = sample_cost(geometry, config, heads, dim, threads)
     if sample > AFFORDABLE * dense:
         return False, f"modelled: to look at a sample would cost {sample / max(1, dense):.0%} of dense"
     sparse = sparse_cost(geometry, config, heads, dim, LIKELY_STRIPES, LIKELY_PASSED)

@@ -75,7 +75,7 @@ def mass_recall(q: Tensor, k: Tensor, plan: StripePlan, scale: float | None = No
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         kernel = TorchKernel("auto", q, k, scale)
-        dense = dense_attention(kernel, q, k, k, plan.geometry)[1].double()
+        dense = dense_attention(kernel.blocks, q, k, k, plan.geometry)[1].double()
         kept = execute(plan, q, k, k, scale=scale, return_lse=True)[1].double()
         near = kernel.anchor(q, k, k, plan.geometry, plan.keep).lse.double()
     whole, inside = (kept - dense).exp().clamp(max=1), (near - dense).exp().clamp(max=1)

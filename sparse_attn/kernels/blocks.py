@@ -44,9 +44,10 @@ class Blocks:
         """
         if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[0] == 0:
             return empty(q, self.v_dim, q.dtype)
-        q, k, v = _even(q, k, v)
+        if self.v_dim != q.shape[3]:
+            q, k, v = _even(q, k, v)
         out, lse = self.kernel.block(q, k, v, None, 0 if causal else None, self.scale, None)
-        return out[..., : self.v_dim], lse
+        return out if out.shape[3] == self.v_dim else out[..., : self.v_dim], lse
 
     def gradients(
         self, queries: tuple[Tensor, Tensor, Tensor, Tensor], k: Tensor, v: Tensor, *, causal: bool = False
@@ -71,8 +72,7 @@ def empty(q: Tensor, v_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _even(*tensors: Tensor) -> tuple[Tensor, ...]:
     """All with the widest head dim among them."""
-    dims = {x.shape[-1] for x in tensors}
-    if len(dims) == 1:
+    widest, least = max(x.shape[-1] for x in tensors), min(x.shape[-1] for x in tensors)
+    if widest == least:
         return tensors
-    widest = max(dims)
     return tuple(x if x.shape[-1] == widest else pad(x, (0, widest - x.shape[-1])) for x in tensors)

@@ -53,7 +53,9 @@ def attend(
     call: Attend, sizes: Sizes, q: Tensor, k: Tensor, v: Tensor, lower: int | None, upper: int | None
 ) -> tuple[Tensor, Tensor]:
     """out in q's dtype and lse of a rectangle under a band; shapes as in `BlockKernel.block`."""
-    k, v = (x[:, : seen(q.shape[1], k.shape[1], upper)] for x in (k, v))
+    reached = seen(q.shape[1], k.shape[1], upper)
+    if reached < k.shape[1]:
+        k, v = k[:, :reached], v[:, :reached]
     lower, upper = binding(q.shape[1], k.shape[1], lower, upper)
     if lower is not None:
         return _attend_in_blocks(call, sizes.block, q, k, v, lower, upper)
