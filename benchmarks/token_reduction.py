@@ -3,6 +3,7 @@
     python -m benchmarks.token_reduction [--frames 17] [--ratio 0.1] [--out FILE.json] [--readme README.md] [--pictures DIR]
     python -m benchmarks.token_reduction --scale [--hour [METHOD ...]] [--hour-frames 3600]     100,000 tokens, an hour of video
     python -m benchmarks.token_reduction --run [METHOD ...]                     32 frames through `tokenring run`
+    python -m benchmarks.token_reduction --select [METHOD ...] --prefills F T   every method's selection on that run's tokens
 
 Baselines (identity, uniform, random, pool, downsample) always stand in the table. Methods that need text are asked with an image:
 eight tokens of a crop. Text survives where OCR still reads the words on frames of which only the kept cells are shown; it needs
@@ -148,14 +149,24 @@ def main() -> None:
     parser.add_argument("--hour", nargs="*", metavar="METHOD")
     parser.add_argument("--hour-frames", type=int, default=scale.HOUR)
     parser.add_argument("--run", nargs="*", metavar="METHOD")
+    parser.add_argument("--select", nargs="*", metavar="METHOD")
+    parser.add_argument("--prefills", type=float, nargs=2, metavar=("FULL", "TENTH"))
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()
+    if options.select is not None and options.prefills is None:
+        parser.error("--select charges against measured prefills: give --prefills FULL TENTH, seconds that --run found")
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.scale or options.hour is not None:
         result = about() | scale.measure(options.scale, options.hour, options.hour_frames)
     elif options.run is not None:
         result = about() | scale.through_the_launcher(options.run or ["divprune"], options.repeat)
+    elif options.select is not None:
+        names = options.select or [name for name in methods() if name != "identity"]
+        result = about() | {
+            "prefill_seconds": options.prefills,
+            "selections": scale.selections(names, options.prefills),
+        }
     else:
         result = evaluate(options)
         text = table(result)
@@ -164,7 +175,7 @@ def main() -> None:
             into_readme(options.readme, text)
     if options.out:
         options.out.write_text(json.dumps(result, indent=2) + "\n")
-    elif "rows" not in result or options.run is not None:
+    elif options.run is not None or "rows" not in result:
         print(json.dumps(result, indent=2))
 
 

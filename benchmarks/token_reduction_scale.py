@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -191,6 +192,34 @@ def through_the_launcher(names: list[str], repeat: int) -> dict[str, Any]:
         }
         rows.append({"method": name, "spec": specs[name], **medians, "runs": runs})
     return {"full_prefill_seconds": full, "rows": rows}
+
+
+def selections(names: list[str], prefills: tuple[float, float]) -> list[dict[str, Any]]:
+    """Selection alone, in this process, on the very tokens that such a run reduces (the demo's 32 frames, 8,192 x 576, every
+    channel); charged against `prefills`, measured seconds with everything and with a tenth kept."""
+    from benchmarks.token_reduction_metrics import seconds_of
+    from launch import assets
+    from launch.models.demo import DemoAdapter
+    from launch.pipeline import question_rows
+    from launch.video import join, plan_frames, read
+    from token_reduction import from_spec
+
+    adapter = DemoAdapter.load(torch.float32, "cpu")
+    frames = plan_frames(join([assets.find("clip:bigbuckbunny")]), count=32)
+    plan = adapter.visual_plan(32, *frames.size)
+    images = torch.stack([torch.from_numpy(image.copy()) for _, image in read(frames, 0, 32)])
+    tokens = adapter.prepare(images, plan, channels=sorted(adapter.channels))
+    rows = []
+    for name in names:
+        method, budget = from_spec(SPECS.get(name, name) + ":0.1")
+        text = question_rows(adapter, method, "Describe the video.")
+        asked = replace(tokens, channels={**tokens.channels, **({} if text is None else {"text": text})})
+        seconds, kept = seconds_of(lambda m=method, b=budget, t=asked: m.reduce(t, b), 1)
+        saved = prefills[0] - prefills[1]
+        rows.append({"method": name, "seconds": seconds, "kept": len(kept.index), "selection_of_saved": seconds / saved,
+                     "selection_and_prefill_of_full": (seconds + prefills[1]) / prefills[0]})  # fmt: skip
+        print(f"{name}: {seconds:.2f} s, {100 * seconds / saved:.1f}% of what it saves", file=sys.stderr, flush=True)
+    return rows
 
 
 def _stages(command: list[str]) -> dict[str, float]:
