@@ -154,8 +154,20 @@ def test_coverage_with_and_without_its_matrix_makes_the_same_choice(count):
     x = torch.randn(60, 5, generator=torch.Generator().manual_seed(count))
     x = torch.cat([x, x[:20]])  # equal tokens: ties everywhere
     q = unit_rows(x)
-    cover = Cover(cosines(q), 80, 80, q.new_zeros(80), -1.0)
+    cover = Cover(cosines(q), q.new_zeros(80), -1.0)
     held, lazy = greedy(cover, count), greedy(cover, count, held_bytes=0)
     assert held[0].tolist() == lazy[0].tolist()
     assert held[1].tolist() == lazy[1].tolist()
     assert int(held[0].max()) < 60
+
+
+@pytest.mark.parametrize("count", [2, 17])
+def test_mmtoks_coverage_with_and_without_its_matrix_makes_the_same_choice(count, monkeypatch):
+    _, _, tokens = data(frames=3, seed=count)
+    for variant in ("best", "released"):
+        held = build("mmtok", variant=variant).reduce(tokens, Budget.count(count))
+        monkeypatch.setattr("token_reduction.reducers.mmtok.greedy", lambda cover, k: greedy(cover, k, held_bytes=0))
+        lazy = build("mmtok", variant=variant).reduce(tokens, Budget.count(count))
+        monkeypatch.undo()
+        assert held.index.tolist() == lazy.index.tolist()
+        assert held.scores.tolist() == lazy.scores.tolist()

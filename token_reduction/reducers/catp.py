@@ -45,5 +45,5 @@ class Catp(UnitReducer):
         q = batch.units()[0]
         mean = unit_rows(fixed_mean(batch.text.to(q.device))[None])[0]
         bonus = self.weight * (q @ mean * 0.5 + 0.5)
-        order, gains = greedy(Cover(cosines(q, low=0.0), len(q), len(q), bonus, 0.0), count)
+        order, gains = greedy(Cover(cosines(q, low=0.0), bonus, 0.0), count)
         return Selection(order.sort().values, scores=torch.zeros_like(bonus).index_put_((order,), gains))

@@ -54,7 +54,7 @@ class Facility(UnitReducer):
 
     def select_one(self, batch: Batch, count: int) -> Selection:
         q = batch.units(center=self.center)[0]
-        cover = Cover(cosines(q), len(q), len(q), q.new_zeros(len(q)), -1.0)
+        cover = Cover(cosines(q), q.new_zeros(len(q)), -1.0)
         stochastic = self.sampler == "stochastic"
         order, gains = drawn(cover, count, batch.generator(0), self.accuracy) if stochastic else greedy(cover, count)
         return Selection(order.sort().values, scores=torch.zeros_like(q[:, 0]).index_put_((order,), gains))

@@ -9,6 +9,7 @@ Source: MMTok, "Multimodal Coverage Maximization for Efficient Inference of VLMs
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,10 +17,9 @@ import torch
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.exact import unit_rows
-from token_reduction.selectors.coverage import Cover, greedy
+from token_reduction.selectors.coverage import Cover, cosines, greedy
 from token_reduction.unit_reducer import UnitReducer
 
-_BITS = 40  # Q's entries are near 1/n^2
 _FORMATS = (
     "answer the question using a single word or phrase.",
     "answer with the option's letter from the given choices directly.",
@@ -76,13 +76,13 @@ class MMTok(UnitReducer):
         q, z = batch.units()[0], unit_rows(batch.text.to(batch.x.device))
         t_text = self.text_temperature or (0.01 if self.variant == "released" else 0.02)
         p = torch.softmax(z @ q.mT / t_text, -1) / len(z)
-        v = batch.units("patches")[0] if "patches" in batch.channels else q
-        total = torch.cat([((rows @ v.mT) / self.vision_temperature).logsumexp(-1) for rows in v.split(512)])
+        alike = cosines(batch.units("patches")[0] if "patches" in batch.channels else q)
 
-        def columns(js: torch.Tensor) -> torch.Tensor:
-            share = torch.exp((v[js] @ v.mT) / self.vision_temperature - total) / len(v)
-            return torch.cat([p.mT[js], self.alpha * share], 1)
+        def kernel(js: torch.Tensor, columns: slice) -> torch.Tensor:
+            return torch.exp_((alike(js, columns) - 1) / self.vision_temperature).float().double()
 
-        cover = Cover(columns, len(z) + len(q), len(q), q.new_zeros(len(q)), 0.0, _BITS, torch.int64)
+        # Entries are near alpha/n^2 and at most alpha/n, which 30 bits must hold.
+        bits = min(40, 30 + math.floor(math.log2(len(q) / max(self.alpha, 1e-6))))
+        cover = Cover(kernel, q.new_zeros(len(q)), 0.0, above=p, share=self.alpha, bits=bits)
         order, gains = greedy(cover, count)
-        return Selection(order.sort().values, scores=torch.zeros_like(total).index_put_((order,), gains))
+        return Selection(order.sort().values, scores=torch.zeros_like(q[:, 0]).index_put_((order,), gains))

@@ -18,8 +18,9 @@ Entries are rounded to whole multiples of 2^-bits and added as integers: exact i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,48 +29,79 @@ HELD_BYTES = 2**28
 _BLOCK = 64
 _GONE = torch.iinfo(torch.int64).min
 
-Made = Callable[[Tensor], Tensor]
+Kernel = Callable[[Tensor, slice], Tensor]
 
 
 @dataclass(frozen=True)
 class Cover:
-    """C (rows x candidates).
+    """C: rows to be covered x candidates. The last `count` rows are the candidates themselves, C_ij = K_ij with K symmetric, or
+    share K_ij / (count sum_j K_ij) where `share` is given; further rows may stand above them.
 
     Attributes:
-        columns: js (m,) -> C[:, js] transposed, (m, rows) float64, at most 1 in size.
-        rows, count: rows to be covered, candidates.
+        kernel: js (m,), columns (a slice) -> K (m, columns) float64, at most 1 in size; where `share` is given its values are
+            above 0 and fit float32.
         bonus: (count,) float64: worth of each candidate by itself.
         start: what an uncovered row is worth, at most every entry.
-        bits, dtype: entries are multiples of 2^-bits; int32 holds 29 bits, int64 40 and more.
+        above: (rows, count) float64 of further rows, or None.
+        bits: entries are multiples of 2^-bits: 29 fit int32 for entries up to 1; more for small ones.
     """
 
-    columns: Made
-    rows: int
-    count: int
+    kernel: Kernel
     bonus: Tensor
     start: float
+    above: Tensor | None = None
+    share: float | None = None
     bits: int = 29
-    dtype: torch.dtype = torch.int32
+
+    @property
+    def count(self) -> int:
+        return self.bonus.numel()
 
     def whole(self, values: Tensor) -> Tensor:
         """Multiples of 2^-bits, int64."""
         return (values * 2.0**self.bits).round_().to(torch.int64)
 
+    def blocks(self) -> Iterator[Tensor]:
+        """Candidates, some at a time."""
+        return iter(torch.arange(self.count, device=self.bonus.device).split(512))
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """(count,) float64 that row i of K is multiplied with."""
+        if self.share is None:
+            return torch.ones_like(self.bonus)
+        return self.factors(torch.cat([self.kernel(js, slice(0, self.count)).sum(1) for js in self.blocks()]))
+
+    def factors(self, sums: Tensor) -> Tensor:
+        """The same, from the sums of K's rows."""
+        return self.share / (self.count * sums)
+
     def take(self, js: Tensor) -> Tensor:
-        """(m, rows) entries of some columns."""
-        return (self.columns(js) * 2.0**self.bits).round_().to(self.dtype)
+        """(m, rows) int64 entries of some columns."""
+        own = self.kernel(js, slice(0, self.count)) * self.factor
+        return self.whole(own if self.above is None else torch.cat([self.above.mT[js], own], 1))
 
-    def held(self) -> Tensor:
-        """(rows, count), all of C."""
-        matrix = torch.empty((self.rows, self.count), dtype=self.dtype, device=self.bonus.device)
-        for js in torch.arange(self.count, device=matrix.device).split(512):
-            matrix[:, js[0] : js[-1] + 1] = self.take(js).mT
-        return matrix
+    def held(self) -> list[Tensor]:
+        """All of C, (rows, count): the rows above as int64, the others as int32."""
+        matrix = torch.empty((self.count, self.count), dtype=torch.int32, device=self.bonus.device)
+        if self.share is None:
+            self._mirror(matrix, lambda part: self.whole(part).to(torch.int32))
+        else:
+            # K first, in the place that its integers take: its rows' sums must be known before they are made.
+            plain = matrix.view(torch.float32)
+            self._mirror(plain, lambda part: part.float())
+            factor = self.factors(torch.cat([plain[js].double().sum(1) for js in self.blocks()]))
+            for js in self.blocks():
+                matrix[js] = self.whole(plain[js].double() * factor[js, None]).to(torch.int32)
+        return [matrix] if self.above is None else [self.whole(self.above), matrix]
 
-    def uncovered(self) -> Tensor:
-        """(rows,) best_i before any choice."""
-        first = round(self.start * 2.0**self.bits)
-        return torch.full((self.rows,), first, dtype=self.dtype, device=self.bonus.device)
+    def _mirror(self, matrix: Tensor, made: Callable[[Tensor], Tensor]) -> None:
+        """Fill in a symmetric matrix: half of the products are enough, since all are exact."""
+        for js in self.blocks():
+            first, last = int(js[0]), int(js[-1]) + 1
+            part = made(self.kernel(js, slice(first, self.count)))
+            matrix[first:last, first:] = part
+            matrix[last:, first:last] = part[:, last - first :].mT
 
     def result(self, chosen: list[int], gains: list[int]) -> tuple[Tensor, Tensor]:
         """Candidates and gains as tensors, gains in the caller's unit."""
@@ -78,8 +110,8 @@ class Cover:
         return torch.tensor(chosen, device=device), worth
 
 
-def cosines(q: Tensor, low: float = -1.0) -> Made:
-    """Columns of cosines of exact unit rows (n, D); low 0 rescales them to 0..1.
+def cosines(q: Tensor, low: float = -1.0) -> Kernel:
+    """Cosines of exact unit rows (n, D); low 0 rescales them to 0..1.
 
     A row's cosine with itself is 1 outright: two tokens that are each other's nearest tie as candidates, and the rounding of
     unit rows must not decide between them.
@@ -87,44 +119,48 @@ def cosines(q: Tensor, low: float = -1.0) -> Made:
     scale, shift = (1.0, 0.0) if low < 0 else (0.5, 0.5)
     alone = q.any(1).to(q.dtype)
 
-    def columns(js: Tensor) -> Tensor:
-        entries = q[js] @ q.mT
-        entries[torch.arange(len(js), device=js.device), js] = alone[js]
-        return entries * scale + shift
+    def kernel(js: Tensor, columns: slice) -> Tensor:
+        entries = q[js] @ q[columns].mT
+        inside = ((js >= columns.start) & (js < columns.stop)).nonzero()[:, 0]
+        entries[inside, js[inside] - columns.start] = alone[js[inside]]
+        return entries.mul_(scale).add_(shift)
 
-    return columns
+    return kernel
 
 
 def greedy(cover: Cover, count: int, held_bytes: int = HELD_BYTES) -> tuple[Tensor, Tensor]:
     """Candidates (count,) in the order of choice and their gains."""
-    fits = cover.dtype.itemsize * cover.rows * cover.count <= held_bytes
+    fits = 4 * cover.count**2 <= held_bytes
     return cover.result(*(_held if fits else _lazy)(cover, count))
 
 
 def _held(cover: Cover, count: int) -> tuple[list[int], list[int]]:
-    matrix, best = cover.held(), cover.uncovered()
-    gain = cover.whole(cover.bonus)
-    for part in matrix.split(_BLOCK):
-        gain += (part - best[0]).sum(0)
+    parts = cover.held()
+    first, gain = round(cover.start * 2.0**cover.bits), cover.whole(cover.bonus)
+    for matrix in parts:
+        for rows in matrix.split(_BLOCK):
+            gain += (rows - first).sum(0)
+    best = [torch.full_like(matrix[:, 0], first) for matrix in parts]
     chosen: list[int] = []
     gains: list[int] = []
     for _ in range(count):
         pick = int(gain.argmax())
         chosen.append(pick)
         gains.append(int(gain[pick]))
-        column = matrix[:, pick]
-        changed = (column > best).nonzero()[:, 0]
-        for rows in changed.split(_BLOCK):
-            entries, old, new = matrix[rows], best[rows, None], column[rows, None]
-            # max(C - old, 0) - max(C - new, 0) is C - old held between 0 and new - old.
-            gain -= entries.sub_(old).clamp_(min=0).minimum(new - old).sum(0)
-        best[changed] = column[changed]
+        for matrix, covered in zip(parts, best):
+            column = matrix[:, pick]
+            changed = (column > covered).nonzero()[:, 0]
+            for rows in changed.split(_BLOCK):
+                entries, old, new = matrix[rows], covered[rows, None], column[rows, None]
+                # max(C - old, 0) - max(C - new, 0) is C - old held between 0 and new - old.
+                gain -= entries.sub_(old).clamp_(min=0).minimum(new - old).sum(0)
+            covered[changed] = column[changed]
         gain[pick] = _GONE
     return chosen, gains
 
 
 def _lazy(cover: Cover, count: int) -> tuple[list[int], list[int]]:
-    best, device = cover.uncovered(), cover.bonus.device
+    best, device = _uncovered(cover), cover.bonus.device
     parts = torch.arange(cover.count, device=device).split(_BLOCK)
     bonus = cover.whole(cover.bonus)
     bound = torch.cat([_gains(cover.take(js), best) for js in parts]) + bonus
@@ -138,6 +174,12 @@ def _lazy(cover: Cover, count: int) -> tuple[list[int], list[int]]:
         best = torch.maximum(best, cover.take(torch.tensor([pick], device=device))[0])
         bound[pick] = _GONE
     return chosen, gains
+
+
+def _uncovered(cover: Cover) -> Tensor:
+    """(rows,) best_i before any choice."""
+    rows = cover.count + (0 if cover.above is None else len(cover.above))
+    return torch.full((rows,), round(cover.start * 2.0**cover.bits), device=cover.bonus.device)
 
 
 def _settle(cover: Cover, best: Tensor, bonus: Tensor, bound: Tensor, fresh: Tensor, step: int) -> int:
@@ -158,7 +200,7 @@ def _settle(cover: Cover, best: Tensor, bonus: Tensor, bound: Tensor, fresh: Ten
 def drawn(cover: Cover, count: int, generator: torch.Generator, accuracy: float) -> tuple[Tensor, Tensor]:
     """As `greedy`, among (n/k) ln(1/accuracy) drawn candidates a step."""
     size = math.ceil(cover.count / count * math.log(1 / accuracy))
-    best, bonus, device = cover.uncovered(), cover.whole(cover.bonus), cover.bonus.device
+    best, bonus, device = _uncovered(cover), cover.whole(cover.bonus), cover.bonus.device
     free = torch.arange(cover.count)
     chosen: list[int] = []
     gains: list[int] = []

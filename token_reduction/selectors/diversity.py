@@ -60,7 +60,10 @@ def _dpp_block(column, diagonal: Tensor, taken: Tensor, count: int) -> list[int]
             break
         step = len(order)
         # A sum over dim 0 adds every column in the same order, so equal rows keep equal residuals; a matrix product may not.
-        known = (factor[:step] * factor[:step, best, None]).sum(0)
+        # In blocks that stay in a cache: memory is what bounds it.
+        weight = factor[:step, best, None]
+        width = max(64, 2**17 // max(1, step) // 64 * 64)
+        known = torch.cat([(part * weight).sum(0) for part in factor[:step].split(width, 1)])
         factor[step] = (column(best) - known) / max(float(left[best]), floor, 1e-300) ** 0.5
         left = left - factor[step] ** 2
         left[best] = -math.inf
