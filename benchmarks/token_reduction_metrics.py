@@ -62,20 +62,22 @@ def retrieval(clip: Clip, centred: Tensor, frame: Tensor, mean: Tensor) -> float
     return right / len(clip.answers)
 
 
-def seconds_of(call: Callable[[], Any], repeat: int = 3) -> tuple[float, Any]:
-    """Median wall seconds of `repeat` calls, and the last result."""
+def seconds_of(
+    call: Callable[[], Any], repeat: int = 3, clock: Callable[[], float] = time.perf_counter
+) -> tuple[float, Any]:
+    """Median seconds of `repeat` calls by a clock, and the last result."""
     times, result = [], None
     for _ in range(repeat):
-        start = time.perf_counter()
+        start = clock()
         result = call()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return statistics.median(times), result
 
 
 def prefill_seconds(
     rows: int, layers: int = 30, width: int = 576, heads: int = 9, key_heads: int = 3, ffn: int = 1536
 ) -> float:
-    """A causal decoder of SmolLM2-135M's size: one layer is timed and counted `layers` times (measured x modelled)."""
+    """A causal decoder of SmolLM2-135M's size: one layer is timed and counted `layers` times (measured x modelled). CPU seconds."""
     x, dim = torch.randn(rows, width), width // heads
     shapes = ((width, width), (width, 2 * key_heads * dim), (width, 2 * ffn), (ffn, width))
     q, kv, up, down = (torch.randn(shape) for shape in shapes)
@@ -90,7 +92,7 @@ def prefill_seconds(
         return (torch.nn.functional.silu(a) * b) @ down
 
     layer()
-    return layers * seconds_of(layer)[0]
+    return layers * seconds_of(layer, clock=time.process_time)[0]
 
 
 def written(frames: Tensor, seed: int = 0) -> tuple[Tensor, list[list[str]], Tensor]:

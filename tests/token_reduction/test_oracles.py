@@ -69,7 +69,9 @@ def test_dpp_of_a_published_kernel():
     kernel = torch.tensor([[0.8, 0.3, 0.1, 0.2], [0.3, 0.9, 0.4, 0.1], [0.1, 0.4, 0.7, 0.5], [0.2, 0.1, 0.5, 0.6]])
     kernel = kernel.double()
     for count, order in ((1, [1]), (3, [1, 0, 3])):
-        assert dpp_of(lambda i: kernel[i], kernel.diagonal(), count, 4).tolist() == order == naive.dpp(kernel, count)
+        assert (
+            dpp_of(lambda i, left: kernel[i], kernel.diagonal(), count, 4).tolist() == order == naive.dpp(kernel, count)
+        )
 
 
 def test_a_dpp_beyond_its_rank_begins_a_new_set_instead_of_repeating():

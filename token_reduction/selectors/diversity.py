@@ -10,11 +10,13 @@ The DPP's ratio is the squared residual d_v of v after projection on the kept, u
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 _RANK = 1e-10
+_AHEAD = 32
 
 
 def max_sum(q: Tensor, count: int, pivot: int) -> Tensor:
@@ -36,11 +38,26 @@ def dpp(q: Tensor, count: int, quality: Tensor, block: int | None = None) -> Ten
     """
     # Rounded unit rows are 1 long up to 1e-8, which must not break ties between tokens that are equally good alone.
     alone = q.any(1).to(q) * quality**2
-    return dpp_of(lambda i: q @ q[i] * quality * quality[i], alone, count, block or q.shape[1])
+    return dpp_of(_Columns(q, quality), alone, count, block or q.shape[1])
 
 
-def dpp_of(column, diagonal: Tensor, count: int, block: int) -> Tensor:
-    """`dpp` of any kernel, given by `column(i)` (n,) and its diagonal."""
+class _Columns:
+    """Columns of the kernel, made for the best candidates at once: one matrix product instead of many passes over q."""
+
+    def __init__(self, q: Tensor, quality: Tensor) -> None:
+        self.q, self.quality = q, quality
+        self.made: dict[int, Tensor] = {}
+
+    def __call__(self, i: int, left: Tensor) -> Tensor:
+        if i not in self.made:
+            best = left.topk(min(_AHEAD, len(left))).indices.tolist()
+            js = torch.tensor([i, *(j for j in best if j != i)], device=self.q.device)
+            self.made = dict(zip(js.tolist(), self.q[js] @ self.q.mT))
+        return self.made[i] * self.quality * self.quality[i]
+
+
+def dpp_of(column: Callable[[int, Tensor], Tensor], diagonal: Tensor, count: int, block: int) -> Tensor:
+    """`dpp` of any kernel, given by `column(i, left)` (n,), `left` (n,) what every candidate is worth now, and its diagonal."""
     order: list[int] = []
     taken = torch.zeros_like(diagonal, dtype=torch.bool)
     while len(order) < count:
@@ -49,7 +66,7 @@ def dpp_of(column, diagonal: Tensor, count: int, block: int) -> Tensor:
     return torch.tensor(order, device=diagonal.device)
 
 
-def _dpp_block(column, diagonal: Tensor, taken: Tensor, count: int) -> list[int]:
+def _dpp_block(column: Callable[[int, Tensor], Tensor], diagonal: Tensor, taken: Tensor, count: int) -> list[int]:
     left = torch.where(taken, -math.inf, diagonal)
     floor = _RANK * float(diagonal.max())
     factor = diagonal.new_empty((count, diagonal.numel()))
@@ -64,7 +81,7 @@ def _dpp_block(column, diagonal: Tensor, taken: Tensor, count: int) -> list[int]
         weight = factor[:step, best, None]
         width = max(64, 2**17 // max(1, step) // 64 * 64)
         known = torch.cat([(part * weight).sum(0) for part in factor[:step].split(width, 1)])
-        factor[step] = (column(best) - known) / max(float(left[best]), floor, 1e-300) ** 0.5
+        factor[step] = (column(best, left) - known) / max(float(left[best]), floor, 1e-300) ** 0.5
         left = left - factor[step] ** 2
         left[best] = -math.inf
         taken[best] = True
