@@ -1,14 +1,16 @@
 """Every reducer on real features of real clips: quality, seconds, and what the seconds buy.
 
     python -m benchmarks.token_reduction [--frames 17] [--ratio 0.1] [--out FILE.json] [--readme README.md] [--pictures DIR]
-    python -m benchmarks.token_reduction --scale [--hour [METHOD ...]] [--hour-frames 3600]     100,000 tokens, an hour of video
+    python -m benchmarks.token_reduction --scale                                100,000 tokens at once, coverage, refusals
+    python -m benchmarks.token_reduction --hour [METHOD ...] [--hour-frames 128] [--hour-full METHOD ...]    an hour of video
     python -m benchmarks.token_reduction --run [METHOD ...]                     32 frames through `tokenring run`
     python -m benchmarks.token_reduction --select [METHOD ...] --prefills F T   every method's selection on that run's tokens
 
 Baselines (identity, uniform, random, pool, downsample) always stand in the table. Methods that need text are asked with an image:
 eight tokens of a crop. Text survives where OCR still reads the words on frames of which only the kept cells are shown; it needs
-`pip install -e ".[ocr]"`. Selection is set, in CPU seconds of one thread, against what a decoder of SmolLM2-135M's
-size saves (one layer measured, times 30). `--readme` puts the table between the marks `<!-- token_reduction -->` and `<!-- /token_reduction -->`.
+`pip install -e ".[ocr]"`. Selection is set, in CPU seconds of one thread, against what a decoder of SmolLM2-135M's size saves
+(one layer measured, times 30). `--readme` puts the table between the marks `<!-- token_reduction -->` and
+`<!-- /token_reduction -->`.
 """
 
 from __future__ import annotations
@@ -149,6 +151,7 @@ def main() -> None:
     parser.add_argument("--scale", action="store_true")
     parser.add_argument("--hour", nargs="*", metavar="METHOD")
     parser.add_argument("--hour-frames", type=int, default=scale.HOUR)
+    parser.add_argument("--hour-full", nargs="*", metavar="METHOD", default=[])
     parser.add_argument("--run", nargs="*", metavar="METHOD")
     parser.add_argument("--select", nargs="*", metavar="METHOD")
     parser.add_argument("--prefills", type=float, nargs=2, metavar=("FULL", "TENTH"))
@@ -160,7 +163,7 @@ def main() -> None:
     if options.threads or table_only:
         torch.set_num_threads(options.threads or 1)
     if options.scale or options.hour is not None:
-        result = about() | scale.measure(options.scale, options.hour, options.hour_frames)
+        result = about() | scale.measure(options.scale, options.hour, options.hour_frames, options.hour_full)
     elif options.run is not None:
         result = about() | scale.through_the_launcher(options.run or ["divprune"], options.repeat)
     elif options.select is not None:

@@ -129,9 +129,10 @@ def refuse_work(method: Reducer, shard: TokenShard, counts: Sequence[int]) -> st
         if work > MAX_WORK:
             t, h, w = grid
             frames = max(1, min(t, 8192 // (h * w)))
+            also = f", or two_level(method, {frames})" if method.flat else ""
             return (
                 f"{method.name} of item {item} with {t * h * w} tokens to {count} needs about {work:.1e} multiply-adds, which "
                 f"grow faster than the tokens; at most {MAX_WORK:.0e} are done at once; cut the video: "
-                f"reduce_stream(build({method.name!r}), windows of {frames} frames, budget), or --window {frames}"
+                f"reduce_stream(method, windows of {frames} frames, budget), or --window {frames}{also}"
             )
     return None
