@@ -70,6 +70,14 @@ def test_vidcom2_shares_by_frame_and_keeps_the_unlike(t, count):
     assert len(index) == count
 
 
+def test_vidcom2_leaves_no_frame_empty_while_there_are_tokens_for_all():
+    for seed in range(3):
+        x, _, _, tokens = video(6, seed=seed)
+        x[CELLS : 2 * CELLS] += 5  # one frame far from all others asks for two shares
+        frames = {i // CELLS for i in kept("vidcom2", tokens, 6)}
+        assert frames == set(range(6))
+
+
 def test_vidcom2_gives_more_to_the_frame_that_stands_out():
     g = torch.Generator().manual_seed(0)
     x = torch.randn(1, 16, 8, generator=g).repeat(5, 1, 1) + 0.01 * torch.randn(5, 16, 8, generator=g)

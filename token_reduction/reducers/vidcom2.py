@@ -46,10 +46,23 @@ class VidCom2(UnitReducer):
         video = _likeness(x, x.mean((0, 1)))
         frame = _likeness(x, x.mean(1, keepdim=True))
         p = torch.softmax(-video.mean(1) / self.temperature, 0)
-        shares = apportion(count, (1 + p - p.mean()).tolist(), [h * w] * t)
+        shares = _none_empty(apportion(count, (1 + p - p.mean()).tolist(), [h * w] * t))
         score = -(video + frame)
         kept = [f * h * w + top(score[f], share) for f, share in enumerate(shares)]
         return Selection(torch.cat(kept).sort().values, scores=score.flatten())
+
+
+def _none_empty(shares: list[int]) -> list[int]:
+    """At least 1 each where there are enough: frames with most give, the first of equals first.
+
+    >>> _none_empty([3, 0, 1]), _none_empty([1, 0])
+    ([2, 1, 1], [1, 0])
+    """
+    for empty in [frame for frame, share in enumerate(shares) if share == 0]:
+        most = max(range(len(shares)), key=lambda frame: (shares[frame], -frame))
+        if shares[most] > 1:
+            shares[most], shares[empty] = shares[most] - 1, 1
+    return shares
 
 
 def _likeness(x: Tensor, centre: Tensor) -> Tensor:
