@@ -4,7 +4,7 @@
     python -m benchmarks.token_reduction --scale                                100,000 tokens at once, coverage, refusals
     python -m benchmarks.token_reduction --hour [METHOD ...] [--hour-frames 128] [--hour-full METHOD ...]    an hour of video
     python -m benchmarks.token_reduction --run [METHOD ...]                     32 frames through `tokenring run`
-    python -m benchmarks.token_reduction --select [METHOD ...] --prefills F T   every method's selection on that run's tokens
+    python -m benchmarks.token_reduction --select [METHOD ...]                  every method's selection on that run's tokens
 
 Baselines (identity, uniform, random, pool, downsample) always stand in the table. Methods that need text are asked with an image:
 eight tokens of a crop. Text survives where OCR still reads the words on frames of which only the kept cells are shown; it needs
@@ -35,6 +35,7 @@ from token_reduction import Budget, build, methods, show
 BASELINES = ("identity", "uniform", "random", "pool", "downsample")
 MARKS = ("<!-- token_reduction -->", "<!-- /token_reduction -->")
 TEXT_FRAMES, TEXT_RATIO = 8, 0.25
+RUN = Path(__file__).parent / "results" / "token_reduction_run.json"
 
 
 def measure(name: str, clips: list[Clip], budget: Budget, saved: float) -> dict[str, Any]:
@@ -124,6 +125,12 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     return result | {"text_ratio": TEXT_RATIO, "prefill_seconds": [full, few], "rows": rows, "published": published()}
 
 
+def prefills_of(run: dict[str, Any]) -> tuple[float, float]:
+    """Median seconds of a prefill with everything and with a tenth kept, from the figures of `--run`."""
+    few = [seen["prefill"] for row in run["rows"] for seen in row["runs"]]
+    return statistics.median(run["full_prefill_seconds"]), statistics.median(few)
+
+
 def about() -> dict[str, Any]:
     """The head of a file of figures."""
     return measured() | {"threads": torch.get_num_threads()}
@@ -154,11 +161,8 @@ def main() -> None:
     parser.add_argument("--hour-full", nargs="*", metavar="METHOD", default=[])
     parser.add_argument("--run", nargs="*", metavar="METHOD")
     parser.add_argument("--select", nargs="*", metavar="METHOD")
-    parser.add_argument("--prefills", type=float, nargs=2, metavar=("FULL", "TENTH"))
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()
-    if options.select is not None and options.prefills is None:
-        parser.error("--select charges against measured prefills: give --prefills FULL TENTH, seconds that --run found")
     table_only = not options.scale and options.hour is options.run is options.select is None
     if options.threads or table_only:
         torch.set_num_threads(options.threads or 1)
@@ -168,9 +172,10 @@ def main() -> None:
         result = about() | scale.through_the_launcher(options.run or ["divprune"], options.repeat)
     elif options.select is not None:
         names = options.select or [name for name in methods() if name != "identity"]
+        prefills = prefills_of(json.loads(RUN.read_text()))
         result = about() | {
-            "prefill_seconds": options.prefills,
-            "selections": scale.selections(names, options.prefills),
+            "prefill_seconds": prefills,
+            "selections": scale.selections(names, prefills),
         }
     else:
         result = evaluate(options)
