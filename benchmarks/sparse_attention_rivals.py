@@ -29,13 +29,11 @@ from tokenring import attention
 
 ANCHOR: dict[str, tuple[float, ...]] = {"rescore": (4.0, 6.0, 8.0), "pooled": (6.0, 9.0, 12.0)}
 RIVALS: dict[str, list[dict[str, Any]]] = {
-    "streaming": [{"initial": 1024, "local": n} for n in (8192, 16384, 24576)],
-    "vertical_slash": [
-        {"vertical": a, "slash": b} for a, b in ((500, 200), (1000, 200), (2000, 500), (4000, 2000), (2000, 6096))
-    ],
-    "flexprefill": [{"gamma": g, "min_budget": 1024} for g in (0.4, 0.6, 0.8, 0.9)],
-    "xattention": [{"threshold": t} for t in (0.9, 0.97, 0.99, 0.998)],
-    "flashprefill": [{"alpha": a} for a in (0.03, 0.003, 0.0003, 0.00001)],
+    "streaming": [{"initial": 1024, "local": n} for n in (8192, 16384)],
+    "vertical_slash": [{"vertical": a, "slash": b} for a, b in ((1000, 200), (2000, 500), (4000, 2000), (2000, 6096))],
+    "flexprefill": [{"gamma": g, "min_budget": 1024} for g in (0.6, 0.8, 0.9)],
+    "xattention": [{"threshold": t} for t in (0.97, 0.99, 0.998)],
+    "flashprefill": [{"alpha": a} for a in (0.003, 0.0003, 0.00001)],
 }
 Row = dict[str, Any]
 
