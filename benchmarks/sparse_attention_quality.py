@@ -150,7 +150,10 @@ def tuned(model: Model, args: argparse.Namespace) -> Row:
 
 
 def needle(model: Model, args: argparse.Namespace) -> Row:
-    """A sentence at 10 depths of a text, and what dense and sparse prefill make of a question about it."""
+    """A sentence at 10 depths of a text, and what dense and sparse prefill make of a question about it.
+
+    The question ends where the digits start: whether this small model answers with a number at all hangs by a thread, dense too.
+    """
     configs: dict[str, AnchorConfig | TunedConfig] = {
         f"theta {t:g}": anchor("rescore", t, args) for t in args.needle_thetas
     }
@@ -159,7 +162,7 @@ def needle(model: Model, args: argparse.Namespace) -> Row:
     hay = model.ids("reference", args.needle_length)[0].tolist()
     hidden = model.tokens("\nThe secret code of the blue house is 48213.\n").input_ids
     question = model.tokens(
-        "\nQuestion: what is the secret code of the blue house?\nAnswer: The secret code of the blue house is"
+        "\nQuestion: what is the secret code of the blue house?\nAnswer: The secret code of the blue house is "
     ).input_ids
     rows = []
     for depth in range(10):
@@ -179,8 +182,8 @@ def needle(model: Model, args: argparse.Namespace) -> Row:
 
 
 def answer(model: Model, ids: Tensor) -> str:
-    """Six tokens, the likeliest each time."""
-    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    """Five tokens, the likeliest each time."""
+    options = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     return model.tokens.decode(model.model.generate(ids, **options)[0, ids.shape[1] :])
 
 
@@ -210,7 +213,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", help="of the sweep; all where not given")
     parser.add_argument("--block", type=lambda s: s if s == "auto" else int(s), default="auto")
     parser.add_argument("--step", type=lambda s: s if s == "auto" else int(s), default="auto")
-    parser.add_argument("--needle-thetas", type=float, nargs="*", default=[2.0, 4.0, 6.0])
+    parser.add_argument("--needle-thetas", type=float, nargs="*", default=[2.0, 6.0])
     parser.add_argument("--load", help="needle: use tuned thetas")
     parser.add_argument("--results", type=Path, help="folder for JSON; `all` writes into benchmarks/results")
     args = parser.parse_args()

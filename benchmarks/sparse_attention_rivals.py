@@ -70,8 +70,8 @@ def at_recall(rows: list[Row], recall: float, what: str) -> float | None:
 def compared(rows: list[Row]) -> list[Row]:
     """Each of our settings beside every baseline at its recall, and beside the best of them."""
     found = []
-    for ours in (row for row in rows if row["method"] == "rescore"):
-        row = {"theta": ours["setting"]["theta"], "recall": ours["recall"]}
+    for ours in (row for row in rows if row["method"] in ANCHOR):
+        row = {"method": ours["method"], "theta": ours["setting"]["theta"], "recall": ours["recall"]}
         for what in ("density", "seconds"):
             others = {n: at_recall([r for r in rows if r["method"] == n], ours["recall"], what) for n in RIVALS}
             ratios = {name: value / ours[what] for name, value in others.items() if value is not None}
