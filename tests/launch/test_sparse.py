@@ -195,6 +195,12 @@ def test_windows_are_refused_before_any_rank_starts(clip: Path, models: dict[str
         preflight(config_of(clip, str(folder), 2))
 
 
+def test_defaults_are_those_of_the_method() -> None:
+    section, config = AnchorSection(), AnchorConfig()
+    names = ("theta", "identify", "share", "dense")
+    assert [getattr(section, name) for name in names] == [getattr(config, name) for name in names]
+
+
 def test_settings_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"'ring': with --attention anchor only wanted rows travel"):
         AttentionConfig(kind="anchor", schedule="ring")
