@@ -21,7 +21,7 @@ from torch import Tensor
 from sparse_attn.config import AnchorConfig
 from sparse_attn.distributed.cut import Cut, Part
 from sparse_attn.geometry import Group
-from sparse_attn.identify.means import MARGINS_AT_ONCE, ROWS_AT_ONCE, mean_margins
+from sparse_attn.identify.ahead import group_maxima, groups_at_once
 from sparse_attn.identify.products import column_maximum, test_dtype, with_anchor, with_ones
 from sparse_attn.identify.rows import LONG
 from tokenring.merge import accumulator_dtype
@@ -100,7 +100,7 @@ class Means:
             counts = [_count(rows[number]) for number in numbers]
             means, anchors = (torch.stack(x, 2) for x in zip(*(self._put_together(n, told[n]) for n in numbers)))
             keys = (picked(k, rows[numbers[-1]]) for k in self.k)
-            margins = torch.stack([mean_margins(m, a, k, counts) for m, a, k in zip(means, anchors, keys)])
+            margins = torch.stack([group_maxima(m.to(k.dtype), a, k, counts) for m, a, k in zip(means, anchors, keys)])
             for place, (number, count) in enumerate(zip(numbers, counts)):
                 yield number, margins[:, :, place, :count] >= -self.theta
 
@@ -113,10 +113,8 @@ class Means:
 
         for (_, count, _), alike in groupby(rows, kind):
             found = list(alike)
-            most = min(
-                ROWS_AT_ONCE // (each * -(-count // self.cut.geometry.block)),
-                MARGINS_AT_ONCE // max(1, math.prod(self.shape) * self.k.shape[1]),
-            )
+            rows_of_one = each * -(-count // self.cut.geometry.block)
+            most = groups_at_once(rows_of_one, math.prod(self.shape), self.k.shape[1])
             for first in range(0, len(found), max(1, most)):
                 yield found[first : first + max(1, most)]
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparse_attn.config import AnchorConfig
 from sparse_attn.geometry import Geometry, Group
+from sparse_attn.identify.ahead import Ahead, group_maxima, groups_at_once
 from sparse_attn.identify.products import column_maximum, test_dtype, with_anchor, with_ones
 
 LONG = 4.0
@@ -58,14 +59,14 @@ class RescoreFinder(EveryFinder):
         self, q: Tensor, k: Tensor, lse: Tensor, geometry: Geometry, config: AnchorConfig, scale: float
     ) -> None:
         super().__init__(q, k, lse, geometry, config, scale)
+        self.ahead: Ahead[tuple[Tensor, Tensor]] = Ahead(geometry)
         self.lengths = k.to(lse.dtype).square().sum(-1).transpose(1, 2)
         self.bounding = torch.cat([self.keys, self.keys.abs()], dim=-1)
 
     def kept(self, group: Group, entry: int) -> Tensor:
         """bool (Hq, candidates): see `Finder`."""
-        rows, span = self.rows(group, entry), slice(*group.candidates)
-        kept = self._within_bound(rows, group, entry)
-        each = rows.shape[0] // self.keys.shape[1]
+        rows, kept = self._within_bound(group, entry)
+        span, each = slice(*group.candidates), rows.shape[0] // self.keys.shape[1]
         for head, passed in enumerate(kept):
             columns = passed.nonzero()[:, 0]
             if len(columns):
@@ -75,16 +76,26 @@ class RescoreFinder(EveryFinder):
 
     def passed(self, group: Group, entry: int) -> Tensor:
         """bool (Hq, candidates): the columns that the bound lets through to the exact test."""
-        return self._within_bound(self.rows(group, entry), group, entry)
+        return self._within_bound(group, entry)[1]
 
-    def _within_bound(self, rows: Tensor, group: Group, entry: int) -> Tensor:
-        span = slice(*group.candidates)
-        heads = boxes(rows, self.config.box, self.config.reach).unflatten(0, (self.keys.shape[1], -1))
-        bounds = torch.cat([column_maximum(b, x) for b, x in zip(heads, self.bounding[entry, :, span])])
-        passed = (bounds >= -self.theta[:, None]).unflatten(0, (self.keys.shape[1], -1))
+    def _within_bound(self, group: Group, entry: int) -> tuple[Tensor, Tensor]:
+        """The group's rows, and bool (Hq, candidates)."""
+        kv_heads, heads = self.keys.shape[1], self.q.shape[2]
+        of_one = heads // kv_heads * -(-group.count // self.config.box)
+        at_once = groups_at_once(of_one, heads, self.keys.shape[2])
+        rows, bounds = self.ahead.of(group, entry, at_once, lambda groups: self._bounds(groups, entry))
+        passed = (bounds >= -self.theta[:, None]).unflatten(0, (kv_heads, -1))
         lengths = self.lengths[entry]
-        limit = LONG * near_length(lengths, group)
-        return passed.logical_or_((lengths[:, span] > limit[:, None]).unsqueeze(1)).flatten(0, 1)
+        long = lengths[:, slice(*group.candidates)] > LONG * near_length(lengths, group)[:, None]
+        return rows, passed.logical_or_(long.unsqueeze(1)).flatten(0, 1)
+
+    def _bounds(self, groups: list[Group], entry: int) -> list[tuple[Tensor, Tensor]]:
+        rows = [self.rows(group, entry) for group in groups]
+        boxed = torch.stack([boxes(x, self.config.box, self.config.reach) for x in rows], 1)
+        keys = self.bounding[entry, :, groups[0].candidates[0] : groups[-1].candidates[1]].transpose(0, 1)
+        counts = [group.candidate_keys for group in groups]
+        found = group_maxima(boxed, None, keys, counts)
+        return [(rows[n], found[:, n, :count]) for n, count in enumerate(counts)]
 
 
 def near_length(lengths: Tensor, group: Group) -> Tensor:

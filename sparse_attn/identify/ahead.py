@@ -1,0 +1,77 @@
+"""A few groups in one pass over their keys: few rows multiply slowly and wait for memory.
+
+Groups are asked for one after the other; what was found along with one waits until it is asked for.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from sparse_attn.geometry import Geometry, Group
+
+ROWS_AT_ONCE = 128
+"""Rows of one key head that share a pass."""
+KEYS_AT_ONCE = 1024
+"""Keys of one product: its scores stay in a cache until their maximum is taken."""
+RESULTS_AT_ONCE = 1 << 24
+"""Numbers that may wait for their group."""
+
+Found = TypeVar("Found")
+
+
+class Ahead(Generic[Found]):
+    """Results by group, found for several groups alike at a time."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        self.groups = geometry.groups
+        self.number = {group: number for number, group in enumerate(geometry.groups)}
+        self.waiting: dict[tuple[Group, int], Found] = {}
+
+    def of(self, group: Group, entry: int, at_once: int, find: Callable[[list[Group]], Sequence[Found]]) -> Found:
+        """The result of a group in a batch entry; `find` makes those of up to `at_once` groups where it is not there yet."""
+        if (group, entry) not in self.waiting:
+            groups = self._from(group, at_once)
+            self.waiting = {(g, entry): found for g, found in zip(groups, find(groups))}
+        return self.waiting.pop((group, entry))
+
+    def _from(self, group: Group, at_once: int) -> list[Group]:
+        first = self.number.get(group, len(self.groups))
+        kind = group.document, group.count, group.candidates[0]
+        following = self.groups[first + 1 : first + max(1, at_once)]
+        return [group, *takewhile(lambda g: (g.document, g.count, g.candidates[0]) == kind, following)]
+
+
+def groups_at_once(rows: int, heads: int, keys: int) -> int:
+    """How many groups share a pass, of `rows` rows a key head each, for `heads` query heads and up to `keys` keys."""
+    return min(ROWS_AT_ONCE // max(1, rows), RESULTS_AT_ONCE // max(1, heads * keys))
+
+
+def group_maxima(rows: Tensor, anchors: Tensor | None, keys: Tensor, counts: Sequence[int]) -> Tensor:
+    """(Hq, G, C): max over a group's rows of score - anchor, for the first keys of each group.
+
+    Args:
+        rows: (Hq, G, U, D), in the dtype of `keys` (C, Hkv, D).
+        anchors: (Hq, G, U), whose dtype the result has; None for the scores themselves.
+        counts: ascending; how many keys each group asks about. What lies beyond holds anything.
+    """
+    kv_heads, (groups, units) = keys.shape[1], rows.shape[1:3]
+    rows = rows.unflatten(0, (kv_heads, -1))
+    below = None if anchors is None else anchors.unsqueeze(3).unflatten(0, (kv_heads, -1))
+    found = (rows if below is None else below).new_empty(*rows.shape[:3], keys.shape[0])
+    threads = torch.get_num_threads()
+    for head in range(0, kv_heads, threads):
+        heads = slice(head, head + threads)
+        for first in range(0, keys.shape[0], KEYS_AT_ONCE):
+            some, left = slice(first, first + KEYS_AT_ONCE), bisect_right(counts, first)
+            stacked = rows[heads, :, left:].flatten(1, 3)
+            scores = torch.bmm(stacked, keys[some, heads].permute(1, 2, 0)).unflatten(1, (-1, groups - left, units))
+            if below is not None:
+                scores = scores.to(below.dtype).sub_(below[heads, :, left:])
+            torch.amax(scores, 3, out=found[heads, :, left:, some])
+    return found.flatten(0, 1)
