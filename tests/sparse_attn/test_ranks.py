@@ -11,6 +11,7 @@ import tokenring as tr
 from sparse_attn import AnchorConfig, anchor_attention, reference_attention
 from tests.oracle import dense_attention
 from tests.sparse_attn.ranks import assert_equals_one_device, cut_at, random, run, small
+from tokenring.segments import Segment
 
 THETAS = {"pooled": 1.5, "lse": 3.0, "rescore": 1.5, "every": 1.2}
 
@@ -141,3 +142,15 @@ def test_a_sample_decides_as_on_one_device(identify: str, theta: float, path: st
     assert all(result[3].path == whole.path == path and result[3].why == whole.why for result in results)
     assert "sample" in whole.why and results[0][3].plans[0].schedule == "anchor:halo"
     assert_equals_one_device(results, layout, inputs, None, options, bytes_too=path == "sparse")
+
+
+@pytest.mark.parametrize(
+    ("identify", "dtype"), [("pooled", torch.bfloat16), ("pooled", torch.float64), ("rescore", torch.float64)], ids=str
+)
+def test_a_rank_may_hold_its_runs_in_any_order(identify: str, dtype: torch.dtype) -> None:
+    inputs = [x.to(dtype) for x in random(160, batch=2)]
+    mine = [Segment(140, 20), Segment(110, 14), Segment(96, 14), Segment(0, 40)]
+    layout = tr.Layout.from_runs([mine, [Segment(124, 16), Segment(40, 56)]])
+    options = {"config": small(identify=identify, scores="input")}
+    results = run(2, layout, inputs, **options)
+    assert_equals_one_device(results, layout, inputs, None, options, 1e-12 if dtype == torch.float64 else 2e-2)
