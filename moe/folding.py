@@ -170,25 +170,36 @@ class Folding:
             "order": MEGATRON_ORDER,
         }
 
-    def attention_mesh(self, device_type: str = "cpu") -> DeviceMesh:
-        """Collective: the attention mapping as a DeviceMesh with axes pp, dp, cp, tp."""
-        return self._mesh(ATTENTION_AXES, device_type)
+    def attention_mesh(self, device_type: str = "cpu", *, groups: FoldingGroups | None = None) -> DeviceMesh:
+        """The attention mapping as a DeviceMesh with axes pp, dp, cp, tp.
 
-    def moe_mesh(self, device_type: str = "cpu") -> DeviceMesh:
-        """Collective: the experts' mapping as a DeviceMesh with axes pp, edp, ep, etp."""
-        return self._mesh(MOE_AXES, device_type)
+        Args:
+            device_type: "cpu" or "cuda".
+            groups: of `create_groups`, which the mesh then shares; None: the mesh makes its own, over the whole job (collective).
+        """
+        return self._mesh(ATTENTION_AXES, device_type, groups)
 
-    def create_groups(self, *, backend: str | None = None) -> FoldingGroups:
-        """Collective over all ranks: the torch.distributed groups of this rank; see `moe.folding_groups`."""
+    def moe_mesh(self, device_type: str = "cpu", *, groups: FoldingGroups | None = None) -> DeviceMesh:
+        """The experts' mapping as a DeviceMesh with axes pp, edp, ep, etp; see `attention_mesh`."""
+        return self._mesh(MOE_AXES, device_type, groups)
+
+    def create_groups(self, *, group: Any = None, backend: str | None = None) -> FoldingGroups:
+        """Collective over `group`, by default the whole job: this rank's torch.distributed groups; see `moe.folding_groups`."""
         from moe.folding_groups import create_groups
 
-        return create_groups(self, backend=backend)
+        return create_groups(self, group=group, backend=backend)
 
-    def _mesh(self, known: tuple[str, ...], device_type: str) -> DeviceMesh:
-        from torch.distributed.device_mesh import init_device_mesh
+    def _mesh(self, known: tuple[str, ...], device_type: str, groups: FoldingGroups | None) -> DeviceMesh:
+        from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
         names = tuple(reversed(known))
-        return init_device_mesh(device_type, tuple(getattr(self, name) for name in names), mesh_dim_names=names)
+        sizes = tuple(getattr(self, name) for name in names)
+        if groups is None:
+            return init_device_mesh(device_type, sizes, mesh_dim_names=names)
+        if groups.folding != self:
+            raise ValueError(f"groups are those of {groups.folding}; give those of {self}")
+        ranks = torch.tensor(groups.ranks).view(sizes)
+        return DeviceMesh.from_group([groups[name] for name in names], device_type, ranks, mesh_dim_names=names)
 
     # -- all legal ones ----------------------------------------------------------------------------------------------
 

@@ -135,6 +135,44 @@ def test_groups_and_meshes_hold_the_same_ranks(pool) -> None:
     pool.run(8, groups_and_meshes, {"world": 8, "tp": 2, "cp": 2, "pp": 2, "ep": 2, "etp": 2})
 
 
+def in_a_part_of_the_job(group: dist.ProcessGroup) -> list[list[int]]:
+    """A folding of four ranks and one of two, where every rank has been in another number of groups before."""
+    rank, parts = group.rank(), [[1, 2, 3, 6], [4, 5]]
+    made = [dist.new_group(ranks) for ranks in parts]
+    mine = next((place for place, ranks in enumerate(parts) if rank in ranks), None)
+    if mine is None:
+        return []
+    f = Folding(world=len(parts[mine]), tp=2, ep=len(parts[mine]))
+    groups = f.create_groups(group=made[mine])
+    total = torch.tensor([float(rank)])
+    dist.all_reduce(total, group=groups["ep"])
+    assert total == sum(parts[mine])
+    mesh = f.moe_mesh(groups=groups)
+    assert mesh.get_group("ep") is groups["ep"] and mesh.get_local_rank("ep") == parts[mine].index(rank)
+    return [dist.get_process_group_ranks(groups[axes]) for axes in ("tp", "dp", "ep")]
+
+
+def test_a_folding_lives_in_a_part_of_the_job(pool) -> None:
+    found = pool.run(8, in_a_part_of_the_job)
+    assert found[0] == found[7] == []
+    assert found[1] == [[1, 2], [1, 3], [1, 2, 3, 6]] and found[6] == [[3, 6], [2, 6], [1, 2, 3, 6]]
+    assert found[4] == [[4, 5], [4], [4, 5]] and found[5] == [[4, 5], [5], [4, 5]]
+
+
+def refused_groups(group: dist.ProcessGroup) -> None:
+    with pytest.raises(ValueError, match="world=4, but the group has 2 ranks; make them equal"):
+        Folding(world=4).create_groups(group=group)
+    with pytest.raises(ValueError, match="group is 'ep'; give a ProcessGroup"):
+        Folding(world=4).create_groups(group="ep")
+    with pytest.raises(ValueError, match="groups are those of Folding"):
+        made = Folding(world=2).create_groups(group=group)
+        Folding(world=2, tp=2).attention_mesh(groups=made)
+
+
+def test_groups_that_do_not_fit_are_refused(pool) -> None:
+    pool.run(2, refused_groups)
+
+
 def test_megatron_arguments_name_every_axis() -> None:
     from inspect import signature
 
