@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.dispatch import build_dispatcher
+from moe.dispatch.pipelined import through_experts
 from moe.experts import Experts, SharedExperts
 from moe.placement import Placement, sum_over_replicas
 from moe.router import Router, Routing
@@ -126,26 +127,18 @@ class MoELayer(nn.Module):
         ids = routing.expert_ids
         if self.placement is not None:
             ids = self.placement.to_slots(ids, self._ep.rank)
-        out = self._experts(tokens, ids, weights).view_as(hidden)
+        out = through_experts(
+            self.dispatcher,
+            lambda sent: self.experts(sent.tokens, sent.tokens_per_expert),
+            tokens,
+            ids,
+            weights,
+            chunks=self.chunks,
+            beside=self.shared,
+        ).view_as(hidden)
         return (out, routing) if return_routing else out
 
     def sum_replica_gradients(self) -> None:
         """Collective over the EP group: replicas of an expert get the sum of their gradients, alike on all ranks."""
         if self.placement is not None:
             sum_over_replicas(self.experts.parameters(), self.placement, self._ep)
-
-    def _experts(self, tokens: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """Dispatch of part i + 1 and combine of part i - 1 are under way while the experts work on part i."""
-        d, shared = self.dispatcher, None
-        parts = list(zip(*(x.tensor_split(self.chunks) for x in (tokens, ids, weights))))
-        ahead = d.start_dispatch(*parts[0])
-        if self.shared is not None:
-            shared = self.shared(tokens)
-        back = []
-        for i in range(self.chunks):
-            sent = ahead.wait()
-            if i + 1 < self.chunks:
-                ahead = d.start_dispatch(*parts[i + 1])
-            back.append(d.start_combine(self.experts(sent.tokens, sent.tokens_per_expert), sent))
-        out = torch.cat([part.wait() for part in back])
-        return out if shared is None else out + shared

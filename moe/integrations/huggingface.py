@@ -12,17 +12,21 @@ biases, clamps and activations stay the model's. Written for transformers 5.23.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 
-from moe.dispatch import DISPATCHERS, Dispatcher, build_dispatcher
+from moe.dispatch import DISPATCHERS, Dispatched, Dispatcher, build_dispatcher
+from moe.dispatch.pipelined import through_experts
 from tokenring.transport import Transport, connect
 
-__all__ = ["DispatcherEP", "expert_modules", "expert_parallel", "register"]
+__all__ = ["DispatcherEP", "SpreadExperts", "expert_modules", "expert_parallel", "register"]
+
+ADDED_ONCE = "down_proj_bias"
+"""Parts of an expert are added up; the first one has its last bias, the others keep zeros."""
 
 
 def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -35,16 +39,26 @@ def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def expert_parallel(model: nn.Module, group: Any, *, dispatcher: str = "auto", **options: Any) -> nn.Module:
-    """Keep only this rank's experts in a model, and bring tokens to theirs. Collective over the group at the first forward.
+def expert_parallel(
+    model: nn.Module,
+    group: Any,
+    *,
+    etp_group: Any = None,
+    dispatcher: str = "auto",
+    chunks: int = 1,
+    **options: Any,
+) -> nn.Module:
+    """Keep only this rank's experts in a model, and bring tokens to theirs. Collective over the groups at the first forward.
 
     Every rank runs the model on tokens of its own, as many as it has; gradients of experts are then sums over all tokens of the
-    group, those of all other parameters are to be summed or averaged over it as in data parallelism.
+    block, those of all other parameters are to be summed or averaged over it as in data parallelism.
 
     Args:
         model: with whole experts on every rank; it is changed and returned.
         group: the EP group; None: one rank.
+        etp_group: ranks that hold parts of the same experts; None: experts stay whole.
         dispatcher, options: as in `moe.build_dispatcher`.
+        chunks: as in `moe.MoELayer`.
     """
     modules = expert_modules(model)
     if not modules:
@@ -52,44 +66,104 @@ def expert_parallel(model: nn.Module, group: Any, *, dispatcher: str = "auto", *
             f"{type(model).__name__} holds no experts as one module with a three-dimensional down_proj; "
             "give a mixture-of-experts model of transformers"
         )
-    transport = connect(group)
     for name, module in modules.items():
         if getattr(module, "_is_expert_parallel", False):
             raise ValueError(f"experts of {name} are spread already; call expert_parallel once")
-        d = build_dispatcher(dispatcher, num_experts=module.num_experts, ep_group=group, **options)
-        _keep_local(module, transport)
-        forward = module.forward
-        module.forward = partial(_through, d, forward)
+        d = build_dispatcher(dispatcher, num_experts=module.num_experts, ep_group=group, etp_group=etp_group, **options)
+        SpreadExperts(module, d, chunks)
     return model
 
 
-def _keep_local(module: nn.Module, transport: Transport) -> None:
-    """Cut every parameter of whole experts to this rank's."""
-    whole = module.num_experts
-    local = whole // transport.world
-    mine = slice(transport.rank * local, (transport.rank + 1) * local)
+class SpreadExperts:
+    """Stands in for the forward of an experts module, which is left with this rank's part of the weights.
+
+    Args:
+        module: one of `expert_modules`; it is changed.
+        dispatcher: of as many experts as it holds; says which of them, and which part of each, stay here.
+        chunks: as in `moe.MoELayer`.
+        observe: told (E_local,) int64 at every forward: how many tokens came to each expert; once for each chunk.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        dispatcher: Dispatcher,
+        chunks: int = 1,
+        observe: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        if chunks < 1:
+            raise ValueError(f"chunks is {chunks}; give at least 1")
+        self.dispatcher, self.chunks, self.observe = dispatcher, chunks, observe
+        _keep_local(module, dispatcher)
+        self._experts = module.forward
+        module.forward = self
+
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """(T, H), (T, k), (T, k) -> (T, H)."""
+        return _through(
+            self.dispatcher, self._experts, hidden_states, top_k_index, top_k_weights, self.chunks, self.observe
+        )
+
+
+def _keep_local(module: nn.Module, d: Dispatcher) -> None:
+    """Cut every parameter of whole experts to this rank's experts, and to its part of each."""
+    whole, etp = module.num_experts, d.etp.world
+    if etp > 1 and getattr(module, "has_post_expert_norm", False):
+        raise ValueError(f"{type(module).__name__} norms what an expert gives, which parts of an expert cannot; give ETP 1")
+    mine = slice(d.first_expert, d.first_expert + d.local_experts)
     for name, parameter in list(module.named_parameters(recurse=False)):
         if parameter.shape[0] == whole:
-            kept = nn.Parameter(parameter.detach()[mine].clone(), requires_grad=parameter.requires_grad)
-            setattr(module, name, kept)
-    module.num_experts = local
+            kept, learns = parameter.detach()[mine], parameter.requires_grad
+            if etp > 1:
+                kept = _part_of_experts(module, name, kept, etp, d.etp.rank)
+                learns &= name != ADDED_ONCE or d.etp.rank == 0
+            setattr(module, name, nn.Parameter(kept.clone(), requires_grad=learns))
+    module.num_experts = d.local_experts
     module._is_expert_parallel = True
 
 
-def _through(d: Dispatcher, experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def _part_of_experts(module: nn.Module, name: str, x: Tensor, etp: int, part: int) -> Tensor:
+    """This rank's F / ETP of the inner width."""
+    if name == ADDED_ONCE:
+        return x if part == 0 else torch.zeros_like(x)
+    rows_first = not getattr(module, "is_transposed", False)  # (out, in), as nn.Linear has it
+    inner = -1 if name.endswith("bias") or rows_first == (name == "down_proj") else -2
+    halves = 2 if name.startswith("gate_up") and getattr(module, "is_concatenated", True) else 1
+    pairs = 2 if name.startswith("gate_up") and halves == 1 else 1
+    width = x.shape[inner] // (halves * pairs)
+    if width % etp:
+        raise ValueError(
+            f"experts of {type(module).__name__} are {width} wide, no multiple of ETP = {etp}; give a divisor"
+        )
+    return torch.cat([half.chunk(etp, dim=inner)[part] for half in x.chunk(halves, dim=inner)], dim=inner)
+
+
+def _through(
+    d: Dispatcher,
+    experts: Callable[[Tensor, Tensor, Tensor], Tensor],
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    chunks: int = 1,
+    observe: Callable[[Tensor], None] | None = None,
+) -> Tensor:
     """Dispatch, the model's own experts on one expert a row, combine."""
-    sent = d.dispatch(hidden_states, top_k_index, top_k_weights)
-    rows, counts = sent.tokens, sent.tokens_per_expert
-    filler = (
-        0 if rows.shape[0] else 1
-    )  # some forwards refuse no rows at all, and every parameter must stay in the graph
-    if filler:
-        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-        counts = counts.clone()
-        counts[0] += 1
-    ids = torch.arange(counts.numel(), device=rows.device).repeat_interleave(counts.to(rows.device)).unsqueeze(1)
-    out = experts(rows, ids, torch.ones_like(ids, dtype=top_k_weights.dtype)).to(hidden_states.dtype)
-    return d.combine(out[filler:], sent)
+
+    def local(sent: Dispatched) -> Tensor:
+        rows, counts = sent.tokens, sent.tokens_per_expert
+        if observe is not None:
+            observe(counts)
+        # some forwards refuse no rows at all, and every parameter must stay in the graph
+        filler = 0 if rows.shape[0] else 1
+        if filler:
+            rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+            counts = counts.clone()
+            counts[0] += 1
+        ids = torch.arange(counts.numel(), device=rows.device).repeat_interleave(counts.to(rows.device)).unsqueeze(1)
+        out = experts(rows, ids, torch.ones_like(ids, dtype=top_k_weights.dtype)).to(hidden_states.dtype)
+        return out[filler:]
+
+    return through_experts(d, local, hidden_states, top_k_index, top_k_weights, chunks=chunks)
 
 
 class DispatcherEP(EPImplementation):

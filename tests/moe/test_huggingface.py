@@ -113,6 +113,36 @@ def test_through_transformers_own_expert_parallelism(pool, shared: bool) -> None
     compare(pool.run(2, through_transformers_on_rank, "qwen3", "dedup", shared), "qwen3", shared)
 
 
+def cut_on_rank(group, kind: str):
+    from moe import Folding
+    from moe.integrations.huggingface import expert_parallel
+
+    made = Folding(world=4, ep=2, etp=2).create_groups(group=group)
+    model = expert_parallel(build(kind), made["ep"], etp_group=made["etp"], dispatcher="dedup", chunks=2)
+    logits, loss = loss_of(model, batch(group.rank()))
+    loss.backward()
+    return logits.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gpt-oss"])
+def test_experts_cut_over_ranks_give_the_logits_and_gradients_of_one_rank(pool, kind: str) -> None:
+    results = pool.run(4, cut_on_rank, kind)
+    model = build(kind)
+    for rank, (logits, _) in enumerate(results):
+        alone, loss = loss_of(model, batch(rank))
+        assert torch.allclose(logits, alone, atol=2e-4, rtol=1e-3), rank
+        loss.backward()
+    for name, p in model.named_parameters():
+        parts = [grads[name] for _, grads in results if grads[name] is not None]
+        if ".experts." in name:
+            # disjoint parts of the gradient: nothing missing, nothing twice
+            assert sum(part.numel() for part in parts) == p.numel()
+            found, whole = (torch.cat([x.flatten() for x in xs]).sort().values for xs in (parts, [p.grad]))
+        else:
+            found, whole = sum(parts), p.grad
+        assert torch.allclose(found, whole, atol=2e-4 * max(1.0, float(whole.abs().max()))), name
+
+
 def test_what_is_no_mixture_is_refused() -> None:
     from moe.integrations.huggingface import expert_parallel
 
@@ -121,3 +151,5 @@ def test_what_is_no_mixture_is_refused() -> None:
     model = expert_parallel(build("qwen3"), None)
     with pytest.raises(ValueError, match="are spread already"):
         expert_parallel(model, None)
+    with pytest.raises(ValueError, match="chunks is 0"):
+        expert_parallel(build("qwen3"), None, chunks=0)
