@@ -116,9 +116,10 @@ class MoEConfig(Section):
     section: ClassVar[str] = "moe"
 
     experts: int = option("--experts", 8)
-    """Experts that each feed-forward network of demo-moe becomes: copies of it, behind a random router."""
+    """Experts that each feed-forward network of demo-moe becomes: copies of it, behind a random router (other models have
+    their own number)."""
     topk: int = option("--moe-topk", 2)
-    """Experts that each token goes to."""
+    """Experts that each token of demo-moe goes to."""
     ep: int | None = option("--ep", None)
     """Ranks that the experts of a layer are spread over; left out: as many as experts and ranks allow."""
     etp: int = option("--etp", 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import socket
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,27 +20,65 @@ import torch.distributed as dist
 from launch.config import RunConfig
 from launch.errors import ConfigError
 from launch.models.base import Adapter
-from launch.models.upcycled import ExpertBlock, SpreadLayer
+from launch.models.expert_block import ExpertBlock, ExpertLayer
 from moe import Folding
 from moe.dispatch import MoETraffic
 from moe.folding_groups import FoldingGroups
 from tokenring.transport import Transport, connect
 
-FAMILIES = ("demo-moe",)
-"""Models that have experts."""
+UPCYCLED = "demo-moe"
+"""The model whose experts are as many as one likes."""
 
 
-def folding_of(config: RunConfig, ffn_size: int) -> Folding:
+@dataclass(frozen=True)
+class ExpertSizes:
+    """What a model's layers of experts are."""
+
+    experts: int
+    """E."""
+    topk: int
+    """k."""
+    ffn: int
+    """Inner width of one expert."""
+
+
+def sizes_of(config: RunConfig, text: Mapping[str, Any]) -> ExpertSizes | None:
+    """The experts of a run, from what the language model's configuration says; None where it has none.
+
+    Raises:
+        ConfigError: settings of experts that the model cannot use.
+    """
+    source, given = config.model.source, config.moe.given
+    if source == UPCYCLED:
+        return ExpertSizes(config.moe.experts, config.moe.topk, int(text["intermediate_size"]))
+    experts = text.get("num_experts") or text.get("num_local_experts")
+    if not experts:
+        if given:
+            raise ConfigError(
+                f"moe.{given[0]} is {getattr(config.moe, given[0])!r}, but model {source} has no experts; leave it out or give "
+                f"--model {UPCYCLED}, or the directory of a mixture-of-experts model"
+            )
+        return None
+    topk = int(text["num_experts_per_tok"])
+    if own := [name for name in ("experts", "topk") if name in given]:
+        raise ConfigError(
+            f"moe.{own[0]} is {getattr(config.moe, own[0])!r}, but model {source} has {experts} experts, {topk} for each token; "
+            "leave it out"
+        )
+    return ExpertSizes(int(experts), topk, int(text.get("moe_intermediate_size") or text["intermediate_size"]))
+
+
+def folding_of(config: RunConfig, sizes: ExpertSizes) -> Folding:
     """The mapping of a run: attention's CP over all ranks, experts as configured.
 
     Raises:
         ConfigError: it breaks a rule, which is named with the nearest legal mapping.
     """
     moe, world = config.moe, config.engine.nproc
-    ep = math.gcd(moe.experts, max(1, world // moe.etp)) if moe.ep is None else moe.ep
+    ep = math.gcd(sizes.experts, max(1, world // moe.etp)) if moe.ep is None else moe.ep
     try:
         folding = Folding(world=world, cp=world, ep=ep, etp=moe.etp)
-        folding.check_model(num_experts=moe.experts, expert_ffn=ffn_size)
+        folding.check_model(num_experts=sizes.experts, expert_ffn=sizes.ffn)
     except ValueError as error:
         raise ConfigError(f"moe.ep is {moe.ep}, moe.etp is {moe.etp}, engine.nproc is {world}: {error}") from error
     block, per_node = ep * moe.etp, moe.ranks_per_node
@@ -51,17 +89,11 @@ def folding_of(config: RunConfig, ffn_size: int) -> Folding:
     return folding
 
 
-def check_experts(config: RunConfig, family: str, ffn_size: int | None = None) -> None:
-    """Refuse experts' settings that a model cannot use. Raises ConfigError."""
-    if family in FAMILIES:
-        assert ffn_size is not None
-        folding_of(config, ffn_size)
-    elif config.moe.given:
-        name = config.moe.given[0]
-        raise ConfigError(
-            f"moe.{name} is {getattr(config.moe, name)!r}, but model {config.model.source} has no experts; leave it out or "
-            f"give --model {FAMILIES[0]}"
-        )
+def check_experts(config: RunConfig, text: Mapping[str, Any]) -> None:
+    """Refuse experts' settings that a model of this configuration cannot use. Raises ConfigError."""
+    sizes = sizes_of(config, text)
+    if sizes is not None:
+        folding_of(config, sizes)
 
 
 def node_size(hosts: Sequence[int], block: int, etp: int) -> int | None:
@@ -82,7 +114,7 @@ class Experts:
 
     folding: Folding
     block: ExpertBlock
-    layers: Sequence[SpreadLayer]
+    layers: Sequence[ExpertLayer]
     runtime: Transport
     """Of all ranks."""
     groups: FoldingGroups | None = field(default=None, repr=False)
@@ -90,21 +122,22 @@ class Experts:
     moved: MoETraffic | None = field(default=None, repr=False)
 
     @classmethod
-    def spread(cls, adapter: Adapter, config: RunConfig, runtime: Transport) -> Experts | None:
-        """Collective over all ranks: leave every rank with its own experts. None where the model has none."""
-        if adapter.name not in FAMILIES:
+    def spread(cls, adapter: Adapter, config: RunConfig, group: Any, runtime: Transport) -> Experts | None:
+        """Collective over all ranks of the run's group: leave each with its own experts. None where the model has none."""
+        sizes = sizes_of(config, adapter.text_model.config.to_dict())
+        if sizes is None:
             return None
-        folding = folding_of(config, adapter.text_model.config.intermediate_size)
-        groups = folding.create_groups() if folding.ep * folding.etp > 1 else None
-        block = _block(config, folding, groups, runtime)
-        keep_dense = config.output.verify and runtime.rank == 0
-        return cls(folding, block, adapter.spread_experts(block, keep_dense), runtime, groups)
+        folding = folding_of(config, sizes)
+        groups = folding.create_groups(group=group) if folding.ep * folding.etp > 1 else None
+        block = _block(config, sizes, folding, groups, runtime)
+        keep_whole = config.output.verify and runtime.rank == 0
+        return cls(folding, block, adapter.spread_experts(block, keep_whole), runtime, groups)
 
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Count what dispatch and combine send from here."""
         # one for all: the layers share their groups, and bytes are counted by group
-        with self.layers[0].layer.dispatcher.count_traffic() as self.moved:
+        with self.layers[0].sender.count_traffic() as self.moved:
             yield
 
     def close(self) -> None:
@@ -144,7 +177,9 @@ class Experts:
         return row
 
 
-def _block(config: RunConfig, folding: Folding, made: FoldingGroups | None, runtime: Transport) -> ExpertBlock:
+def _block(
+    config: RunConfig, sizes: ExpertSizes, folding: Folding, made: FoldingGroups | None, runtime: Transport
+) -> ExpertBlock:
     moe, size = config.moe, folding.ep * folding.etp
     groups: dict[str, Any] = {}
     per_node = moe.ranks_per_node
@@ -157,8 +192,8 @@ def _block(config: RunConfig, folding: Folding, made: FoldingGroups | None, runt
             hosts = runtime.all_gather(host, same_shape=True, control=True)
             per_node = node_size([int(one) for one in hosts], size, folding.etp)
     return ExpertBlock(
-        experts=moe.experts,
-        topk=moe.topk,
+        experts=sizes.experts,
+        topk=sizes.topk,
         dispatcher=moe.dispatcher,
         ranks_per_node=per_node,
         chunks=moe.chunks,

@@ -50,18 +50,18 @@ def run(config: RunConfig, group: Any, log: Log) -> RankRecord:
     """
     runtime = connect(group, timeout_seconds=config.engine.exchange_timeout_seconds)
     with torch.inference_mode():
-        return _Run(config, runtime, Stages(log, config.engine.device)).record()
+        return _Run(config, group, runtime, Stages(log, config.engine.device)).record()
 
 
 class _Run:
     """What the stages of one run share."""
 
-    def __init__(self, config: RunConfig, runtime: Transport, stages: Stages) -> None:
+    def __init__(self, config: RunConfig, group: Any, runtime: Transport, stages: Stages) -> None:
         self.config, self.runtime, self.stages = config, runtime, stages
         stages.log.stage("load")
         with stages.span("load"):
             self.adapter = _load(config)
-            self.experts = Experts.spread(self.adapter, config, runtime)
+            self.experts = Experts.spread(self.adapter, config, group, runtime)
             self.sparse = SparseRun(config) if config.attention.kind == "anchor" else None
             self.frames = planned_frames(config.video)
         self.started = stages.log.clock()

@@ -5,15 +5,18 @@ Reads headers and packets of the videos and the model's configuration, never wei
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from launch.assets import SOURCES, find
+from launch.assets import SOURCES, demo_dir, find
 from launch.config import ReduceConfig, RunConfig, VideoConfig
 from launch.errors import ConfigError
-from launch.experts import FAMILIES, check_experts
-from launch.models import DEMOS, channels_of, check
+from launch.experts import check_experts
+from launch.models import DEMOS, TEXT_FAMILIES, channels_of, check
 from launch.models.base import VisualPlan
+from launch.models.files import language_config, read_json
 from launch.sparse import check_anchor, text_config
 from launch.video import FramePlan, join, plan_frames
 from launch.watch import Windows
@@ -21,6 +24,8 @@ from token_reduction import Budget, Reducer, from_spec
 from tokenring.choose import check_name
 
 CLIP = "clip:"
+DENSE = ("demo", "qwen2_5_vl", "qwen3_vl")
+"""Families without experts."""
 
 
 @dataclass(frozen=True)
@@ -40,19 +45,19 @@ def preflight(config: RunConfig) -> Preflight:
     """
     check_name(config.attention.schedule, config.engine.nproc, backward=False)
     family = check(config.model.source)
-    check_experts(config, family, _demo_ffn() if family in FAMILIES else None)
+    check_experts(config, _language_config(config, family))
     check_anchor(config, text_config(config.model.source, family in DEMOS))
     method, budget = method_of(config.reduce)
     refuse_blind(method, channels_of(family), config.model.source)
     frames = planned_frames(config.video)
-    if family not in DEMOS:
+    if family not in (*DEMOS, *TEXT_FAMILIES):
         return Preflight(len(frames), None, None)
     from launch.encoder import GRID, SIDE
 
     plan = VisualPlan(frames=len(frames), frames_per_group=1, height=SIDE, width=SIDE, grid=(len(frames), GRID, GRID))
     after = sum(cut_windows(plan, config.reduce, method, budget).counts)
     if after < config.engine.nproc:
-        _enough_rows(config, plan, after)
+        _enough_rows(config, _folder(config, family), plan, after)
     return Preflight(len(frames), plan.tokens, after)
 
 
@@ -99,21 +104,25 @@ def cut_windows(plan: VisualPlan, config: ReduceConfig, method: Reducer, budget:
         raise ConfigError(f"reduce.spec is {config.spec!r} with reduce.window {config.window}: {error}") from error
 
 
-def _demo_ffn() -> int:
-    """Width of the demo's feed-forward networks."""
-    from launch.assets import demo_dir
-    from launch.models.files import read_json
-
-    return int(read_json(demo_dir() / "smollm2" / "config.json")["intermediate_size"])
+def _folder(config: RunConfig, family: str) -> Path:
+    """The directory of the language model."""
+    return demo_dir() / "smollm2" if family in DEMOS else Path(config.model.source)
 
 
-def _enough_rows(config: RunConfig, plan: VisualPlan, after: int) -> None:
-    """Few visual tokens: count the text too, as the demo's own prompt has it."""
-    from launch.assets import demo_dir
+def _language_config(config: RunConfig, family: str) -> Mapping[str, Any]:
+    """What says how many experts the language model has; empty for those that never have any."""
+    if family in DENSE:
+        return {}
+    folder = _folder(config, family)
+    return read_json(folder / "config.json") if family in DEMOS else language_config(folder)
+
+
+def _enough_rows(config: RunConfig, folder: Path, plan: VisualPlan, after: int) -> None:
+    """Few visual tokens: count the text too, as the prompt has it."""
     from launch.models.demo import prompt_ids
     from launch.models.files import load_tokenizer
 
-    text = len(prompt_ids(load_tokenizer(demo_dir() / "smollm2"), config.generate.prompt, visual=0))
+    text = len(prompt_ids(load_tokenizer(folder), config.generate.prompt, visual=0))
     if text + after < config.engine.nproc:
         raise ConfigError(
             f"engine.nproc is {config.engine.nproc}, more ranks than the {text + after} tokens of the sequence "

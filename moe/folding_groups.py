@@ -44,28 +44,33 @@ def create_groups(folding: Folding, *, group: Any = None, backend: str | None = 
     if not dist.is_initialized():
         raise ValueError("torch.distributed is not initialised; call init_process_group before create_groups")
     whole = _process_group(group)
+    group = None if whole is dist.group.WORLD else whole
     if whole.size() != folding.world:
         raise ValueError(
             f"the folding is for world={folding.world}, but the group has {whole.size()} ranks; make them equal, or give the "
             "group of the ranks it is for as group="
         )
     everyone = dist.get_process_group_ranks(whole)
-    if group is not None:
-        _same_history(whole)
-    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
-    mine: dict[str, dist.ProcessGroup] = {}
-    for axes in AXES:
-        for places in folding.groups(axes):
-            key = tuple(everyone[place] for place in places)
-            here = whole.rank() in places
-            # members alone make a group of a part of the job: the rest may not even be listening
-            if key not in made and (here or group is None):
-                made[key] = dist.new_group(
-                    list(key), backend=backend or dist.get_backend(whole), use_local_synchronization=group is not None
-                )
-            if here:
-                mine[axes] = made[key]
-    return FoldingGroups(folding, mine, tuple(everyone))
+    backend = backend or dist.get_backend(whole)
+    if group is None:
+        made = {ranks: dist.new_group(list(ranks), backend=backend) for ranks in _all_sets(folding, everyone)}
+    else:
+        mine = [ranks for ranks in _all_sets(folding, everyone) if dist.get_rank() in ranks]
+        _agree_on_names(whole, mine)
+        # members alone make a group of a part of the job: the rest may not even be listening
+        made = {ranks: dist.new_group(list(ranks), backend=backend, use_local_synchronization=True) for ranks in mine}
+    by_axes = {axes: made[next(s for s in _sets(folding, axes, everyone) if dist.get_rank() in s)] for axes in AXES}
+    return FoldingGroups(folding, by_axes, tuple(everyone))
+
+
+def _sets(folding: Folding, axes: str, everyone: list[int]) -> list[tuple[int, ...]]:
+    """The groups of these axes as global ranks."""
+    return [tuple(everyone[place] for place in places) for places in folding.groups(axes)]
+
+
+def _all_sets(folding: Folding, everyone: list[int]) -> list[tuple[int, ...]]:
+    """Every different set of ranks, in an order that is alike on all of them."""
+    return list(dict.fromkeys(ranks for axes in AXES for ranks in _sets(folding, axes, everyone)))
 
 
 def _process_group(group: Any) -> dist.ProcessGroup:
@@ -82,11 +87,27 @@ def _process_group(group: Any) -> dist.ProcessGroup:
     return group
 
 
-def _same_history(whole: dist.ProcessGroup) -> None:
-    """Groups that only their members make are named after how many groups a rank is in already; where these numbers differ,
-    ranks would wait for each other for ever. Those in fewer first join some of their own."""
-    transport = connect(whole)
-    own = len(distributed_c10d._world.pg_names)
-    numbers = transport.all_gather(torch.tensor([own], device=transport.device), same_shape=True, control=True)
-    for _ in range(max(int(n) for n in numbers) - own):
+def _agree_on_names(whole: dist.ProcessGroup, sets: list[tuple[int, ...]]) -> None:
+    """Collective over `whole`: bring all its ranks to where `sets` can be made, one after the other.
+
+    torch names a group that only its members make after how many groups a rank is in at that moment. Where these numbers
+    differ, members would wait for each other for ever; and a name that was in use before, by a group since destroyed, leads to
+    its old addresses. So ranks join groups of their own until all are in equally many, and no name comes twice.
+    """
+    transport, store = connect(whole), dist.PrefixStore("folding", dist.group.WORLD.get_group_store())
+
+    def names(count: int) -> list[str]:
+        return [f"{count + i}:{ranks}" for i, ranks in enumerate(sets)]
+
+    own = count = len(distributed_c10d._world.pg_names)
+    while True:
+        wanted = count + any(store.check([name]) for name in names(count))
+        said = torch.tensor([wanted], device=transport.device)
+        all_said = [int(n) for n in transport.all_gather(said, same_shape=True, control=True)]
+        if set(all_said) == {count}:
+            break
+        count = max(all_said)
+    for name in names(count):
+        store.set(name, "")
+    for _ in range(count - own):
         dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)

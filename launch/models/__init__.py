@@ -8,13 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.models.files import FAMILIES
+from launch.models.files import FAMILIES, TEXT_FAMILIES
 from launch.models.files import check as _check
 
 if TYPE_CHECKING:
     from launch.models.base import Adapter
 
-__all__ = ["DEMOS", "FAMILIES", "channels_of", "check", "load"]
+__all__ = ["DEMOS", "FAMILIES", "TEXT_FAMILIES", "channels_of", "check", "load"]
 
 DEMOS = ("demo", "demo-moe")
 
@@ -25,13 +25,13 @@ def check(source: str | Path) -> str:
     Raises:
         ValueError: the source cannot be used; one line says why and what is allowed.
     """
-    if str(source) not in DEMOS:
-        return _check(source)
-    from launch import assets
+    family = str(source) if str(source) in DEMOS else _check(source)
+    if family in DEMOS or family in TEXT_FAMILIES:
+        from launch import assets
 
-    for name in ("vit_onnx", "smollm2_gguf"):
-        assets.find(name)
-    return str(source)
+        for name in ("vit_onnx", "smollm2_gguf"):
+            assets.find(name)
+    return family
 
 
 def channels_of(family: str) -> frozenset[str]:
@@ -43,7 +43,7 @@ def load(source: str | Path, dtype: Any = None, device: Any = "cpu") -> Adapter:
     """The adapter of a model.
 
     Args:
-        source: one of `DEMOS`, or a local Hugging Face directory of Qwen2.5-VL, Qwen3-VL or LLaVA-OneVision. Nothing is downloaded.
+        source: one of `DEMOS`, or a local Hugging Face directory of one of `FAMILIES`. Nothing is downloaded.
         dtype: torch dtype of the weights; torch.float32 where none is given.
         device: where the weights go.
 
@@ -65,10 +65,14 @@ def _adapter(family: str) -> Any:
         from launch.models.demo_moe import DemoMoeAdapter
 
         return DemoAdapter if family == "demo" else DemoMoeAdapter
+    if family in TEXT_FAMILIES:
+        from launch.models.text import TextAdapter
+
+        return TextAdapter
     if family == "llava_onevision":
         from launch.models.llava import LlavaAdapter
 
         return LlavaAdapter
-    from launch.models.qwen import Qwen3Adapter, Qwen25Adapter
+    from launch.models.qwen import Qwen3Adapter, Qwen3MoeAdapter, Qwen25Adapter
 
-    return Qwen25Adapter if family == "qwen2_5_vl" else Qwen3Adapter
+    return {"qwen2_5_vl": Qwen25Adapter, "qwen3_vl": Qwen3Adapter, "qwen3_vl_moe": Qwen3MoeAdapter}[family]

@@ -13,7 +13,7 @@ Every row keeps the position it has in the unreduced prompt; nothing is renumber
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from token_reduction import VisualTokens
 
 if TYPE_CHECKING:
-    from launch.models.upcycled import ExpertBlock, SpreadLayer
+    from launch.models.expert_block import ExpertBlock, ExpertLayer
 
 VISUAL = -1  # in Prompt.input_ids: a visual row goes here
 NEWLINE = -2  # in Prompt.input_ids: a row the model learned for "end of video" and that no token id stands for
@@ -154,12 +154,12 @@ class Adapter(Protocol):
     def alone(self) -> AbstractContextManager[None]:
         """Inside, `forward` talks to no other rank and computes what the model is defined to compute."""
 
-    def spread_experts(self, block: ExpertBlock, keep_dense: bool) -> Sequence[SpreadLayer]:
+    def spread_experts(self, block: ExpertBlock, keep_whole: bool) -> Sequence[ExpertLayer]:
         """Collective: leave this rank with its own experts of every layer; gives these layers, none where a model has none.
 
         Args:
             block: sizes and groups.
-            keep_dense: whether `alone` will be used here.
+            keep_whole: whether `alone` will be used here.
         """
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -209,6 +209,8 @@ class TextSide:
         self.text_model, self.head, self.tokenizer = text_model, head, tokenizer
         self.position_axes = position_axes
         self.planes = 0
+        self.layers: list[Any] = []
+        """Layers with experts, once they are spread."""
         self.hidden_size = int(text_model.config.hidden_size)
         self.context_length = int(text_model.config.max_position_embeddings)
         ends = [eos] if isinstance(eos, int) else list(eos or ())
@@ -249,12 +251,17 @@ class TextSide:
         return out.last_hidden_state
 
     def alone(self) -> AbstractContextManager[None]:
-        """See Adapter. Attention is told by others where it runs; the rest of a dense model is this rank's business anyway."""
-        return nullcontext()
+        """See Adapter. Attention is told by others where it runs; what experts do is told here."""
+        from launch.models import mixture
 
-    def spread_experts(self, block: ExpertBlock, keep_dense: bool) -> Sequence[SpreadLayer]:
-        """See Adapter. There are none."""
-        return ()
+        return mixture.alone(self.layers)
+
+    def spread_experts(self, block: ExpertBlock, keep_whole: bool) -> Sequence[ExpertLayer]:
+        """See Adapter."""
+        from launch.models import mixture
+
+        self.layers = mixture.spread(self.text_model, block, keep_whole)
+        return self.layers
 
     def _plane_arguments(self, embeds: Tensor, planes: Tensor | None, visual_rows: Tensor | None) -> dict[str, Any]:
         assert planes is None or self.planes == 0

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
 
 from launch.models import upcycled
 from launch.models.demo import DemoAdapter
-from launch.models.upcycled import ExpertBlock, SpreadLayer
+from launch.models.expert_block import ExpertBlock
+from launch.models.upcycled import SpreadLayer
 
 NOTE = (
     "The experts of demo-moe are copies of the demo's own networks behind routers drawn at random: where tokens go means "
@@ -21,15 +21,11 @@ class DemoMoeAdapter(DemoAdapter):
     name = "demo-moe"
     notes = (*DemoAdapter.notes, NOTE)
 
-    def __init__(self, encoder: Any, model: Any, tokenizer: Any) -> None:
-        super().__init__(encoder, model, tokenizer)
-        self.layers: list[SpreadLayer] = []
-
     def alone(self) -> AbstractContextManager[None]:
         """See Adapter."""
         return upcycled.alone(self.layers)
 
-    def spread_experts(self, block: ExpertBlock, keep_dense: bool) -> list[SpreadLayer]:
+    def spread_experts(self, block: ExpertBlock, keep_whole: bool) -> list[SpreadLayer]:
         """See Adapter."""
-        self.layers = upcycled.upcycle(self.text_model, block, keep_dense)
+        self.layers = upcycled.upcycle(self.text_model, block, keep_whole)
         return self.layers

@@ -9,7 +9,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-FAMILIES = {"qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL", "llava_onevision": "LLaVA-OneVision"}
+TEXT_FAMILIES = {"qwen3_moe": "Qwen3-MoE", "mixtral": "Mixtral"}
+"""Models of text alone; see `launch.models.text`."""
+FAMILIES = {
+    "qwen2_5_vl": "Qwen2.5-VL",
+    "qwen3_vl": "Qwen3-VL",
+    "llava_onevision": "LLaVA-OneVision",
+    "qwen3_vl_moe": "Qwen3-VL-MoE",
+    **TEXT_FAMILIES,
+}
 
 
 def check(source: str | Path) -> str:
@@ -44,6 +52,17 @@ def check(source: str | Path) -> str:
             "save_pretrained"
         )
     return str(family)
+
+
+def language_config(path: Path) -> dict[str, Any]:
+    """What a directory's config.json says of its language model, the family's defaults included."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True).get_text_config().to_dict()
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path / 'config.json'} describes no model that can be built: {reason}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

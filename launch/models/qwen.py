@@ -207,6 +207,18 @@ class Qwen3Adapter(QwenAdapter):
         return {"visual_pos_masks": visual, "deepstack_visual_embeds": list(planes.unbind(1))}
 
 
+class Qwen3MoeAdapter(Qwen3Adapter):
+    """Qwen3-VL with experts in its language model; everything else is Qwen3-VL's."""
+
+    @classmethod
+    def load(cls, path: Path, dtype: torch.dtype, device: Any) -> Qwen3MoeAdapter:
+        """From a local directory."""
+        from transformers import Qwen3VLMoeForConditionalGeneration
+
+        model = load_model(Qwen3VLMoeForConditionalGeneration, path, dtype, device)
+        return cls(model, load_tokenizer(path), video_settings(path), path.name)
+
+
 def limits(settings: dict[str, Any], low: int, high: int) -> tuple[int, int]:
     """(fewest, most) pixels of a processor file."""
     size = settings.get("size") or {}

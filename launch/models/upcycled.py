@@ -10,35 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from launch.models.expert_block import ExpertBlock, at_work
 from moe import MoELayer
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExpertBlock:
-    """What every layer of experts of a run has in common."""
-
-    experts: int
-    """E, over all ranks."""
-    topk: int
-    """k."""
-    ep_group: Any = None
-    """Ranks that the experts are spread over; None: this rank alone."""
-    etp_group: Any = None
-    """Ranks that hold parts of the same experts; None: this rank alone."""
-    dispatcher: str = "auto"
-    """A name of `moe.build_dispatcher`."""
-    ranks_per_node: int | None = None
-    """As there."""
-    chunks: int = 1
-    """As in `moe.MoELayer`."""
-    seed: int = 0
-    """Of the routers."""
+from moe.dispatch import Dispatcher
 
 
 class SpreadLayer(nn.Module):
@@ -96,10 +75,14 @@ class SpreadLayer(nn.Module):
         return (out / share).to(x.dtype)
 
     @property
-    def dispatcher(self) -> Any:
-        """The dispatcher at work; what "auto" chose once the first tokens were sent."""
-        own = self.layer.dispatcher
-        return getattr(own, "chosen", None) or own
+    def sender(self) -> Dispatcher:
+        """What was built for the layer."""
+        return self.layer.dispatcher
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        """The dispatcher at work."""
+        return at_work(self.sender)
 
     def _count(self, experts: nn.Module, given: tuple[Tensor, Tensor]) -> None:
         if self._passes == 0:

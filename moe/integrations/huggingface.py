@@ -109,7 +109,9 @@ def _keep_local(module: nn.Module, d: Dispatcher) -> None:
     """Cut every parameter of whole experts to this rank's experts, and to its part of each."""
     whole, etp = module.num_experts, d.etp.world
     if etp > 1 and getattr(module, "has_post_expert_norm", False):
-        raise ValueError(f"{type(module).__name__} norms what an expert gives, which parts of an expert cannot; give ETP 1")
+        raise ValueError(
+            f"{type(module).__name__} norms what an expert gives, which parts of an expert cannot; give ETP 1"
+        )
     mine = slice(d.first_expert, d.first_expert + d.local_experts)
     for name, parameter in list(module.named_parameters(recurse=False)):
         if parameter.shape[0] == whole:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from launch.config_model import DISPATCHERS
 from launch.errors import ConfigError
 from launch.models import upcycled
 from launch.models.demo import DemoAdapter
-from launch.models.upcycled import ExpertBlock, SpreadLayer, upcycle
+from launch.models.expert_block import ExpertBlock
+from launch.models.upcycled import SpreadLayer, upcycle
 from launch.progress import Log
 from launch.records import RankRecord, merge
 from launch.report import as_text
@@ -39,14 +40,6 @@ from tests.pool import Pool
 LAYERS = 3
 FOLDINGS = [(1, 1), (1, 2), (2, 1), (2, 2), (1, 4), (4, 1)]
 TIGHT = 5e-5
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Pool]:
-    """Four ranks that are all ranks, as in a run."""
-    workers = Pool(4)
-    yield workers
-    workers.stop()
 
 
 @pytest.fixture(scope="module")
@@ -94,22 +87,22 @@ def merged(records: Sequence[RankRecord]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def dense(four: Pool, clip: Path) -> list[int]:
+def dense(pool: Pool, clip: Path) -> list[int]:
     """What the dense demo writes on one rank."""
-    ((record,),) = four.run(1, watch, [config_of(clip, 1, "demo")])
+    ((record,),) = pool.run(1, watch, [config_of(clip, 1, "demo")])
     assert record.experts is None and record.verify["same_tokens"]
     return record.generated_ids
 
 
 @pytest.mark.parametrize(("ep", "etp"), FOLDINGS)
 def test_every_folding_and_dispatcher_writes_what_the_dense_demo_writes(
-    four: Pool, clip: Path, dense: list[int], ep: int, etp: int
+    pool: Pool, clip: Path, dense: list[int], ep: int, etp: int
 ) -> None:
     configs = [config_of(clip, ep=ep, etp=etp, dispatcher=name) for name in DISPATCHERS]
     if ep == 4:
         configs.append(config_of(clip, ep=4, dispatcher="hierarchical", ranks_per_node=2))
     for config in configs:
-        report = merged([record for (record,) in four.run(4, watch, [config])])
+        report = merged([record for (record,) in pool.run(4, watch, [config])])
         assert report["generated_ids"] == dense
         check = report["verify"]
         assert check["same_tokens"] and check["written_within_tolerance"] and check["all_within_tolerance"]
@@ -134,8 +127,8 @@ def check_counts(report: dict[str, Any], ep: int, etp: int, dispatcher: str, nod
             assert sent[a][b] == sent[b][a], "what is dispatched one way is combined the other way"
 
 
-def test_one_wrong_expert_on_one_rank_is_found(four: Pool, clip: Path) -> None:
-    records = [record for (record,) in four.run(4, watch_with_a_wrong_expert, config_of(clip, ep=4))]
+def test_one_wrong_expert_on_one_rank_is_found(pool: Pool, clip: Path) -> None:
+    records = [record for (record,) in pool.run(4, watch_with_a_wrong_expert, config_of(clip, ep=4))]
     assert not records[0].verify["all_within_tolerance"]
     assert records[0].verify["max_logit_diff_all"] > 20 * TIGHT
 
@@ -150,17 +143,17 @@ def test_one_wrong_expert_on_one_rank_is_found(four: Pool, clip: Path) -> None:
         {"experts": 12, "topk": 5, "ep": 2, "etp": 2, "chunks": 2, "dispatcher": "dedup"},
     ],
 )
-def test_any_number_of_experts_and_choices_equals_the_dense_demo(four: Pool, clip: Path, dense, moe) -> None:
-    report = merged([record for (record,) in four.run(4, watch, [config_of(clip, **moe)])])
+def test_any_number_of_experts_and_choices_equals_the_dense_demo(pool: Pool, clip: Path, dense, moe) -> None:
+    report = merged([record for (record,) in pool.run(4, watch, [config_of(clip, **moe)])])
     assert report["generated_ids"] == dense
     assert max(report["verify"]["max_logit_diff"], report["verify"]["max_logit_diff_all"]) <= TIGHT
     rows = sum(report["tokens_per_rank"])
     assert sum(report["experts"]["tokens_per_expert"]) == rows * moe["topk"] * LAYERS
 
 
-def test_bytes_of_dispatch_are_counted_to_the_byte(four: Pool, clip: Path) -> None:
+def test_bytes_of_dispatch_are_counted_to_the_byte(pool: Pool, clip: Path) -> None:
     config = config_of(clip, experts=4, topk=4, dispatcher="dedup")  # every token to every rank
-    report = merged([record for (record,) in four.run(4, watch, [config])])
+    report = merged([record for (record,) in pool.run(4, watch, [config])])
     rows, later = report["tokens_per_rank"], len(report["generated_ids"]) - 1
     for a in range(4):
         for b in range(4):
@@ -169,23 +162,19 @@ def test_bytes_of_dispatch_are_counted_to_the_byte(four: Pool, clip: Path) -> No
             assert report["experts"]["bytes_sent"][a][b] == moved * LAYERS * tiny_models.TEXT["hidden_size"] * 4
 
 
-def test_sixteen_bit_experts_are_verified_against_their_own_noise(four: Pool, clip: Path) -> None:
-    records = [record for (record,) in four.run(4, watch, [config_of(clip, dtype="bfloat16", topk=1)])]
+def test_sixteen_bit_experts_are_verified_against_their_own_noise(pool: Pool, clip: Path) -> None:
+    records = [record for (record,) in pool.run(4, watch, [config_of(clip, dtype="bfloat16", topk=1)])]
     assert records[0].verify["written_within_tolerance"] and records[0].verify["all_within_tolerance"]
 
 
-def test_three_ranks_hold_two_experts_each(clip: Path) -> None:
-    workers = Pool(3)
-    try:
-        report = merged([record for (record,) in workers.run(3, watch, [config_of(clip, 3, experts=6)])])
-    finally:
-        workers.stop()
+def test_three_ranks_hold_two_experts_each(pool: Pool, clip: Path) -> None:
+    report = merged([record for (record,) in pool.run(3, watch, [config_of(clip, 3, experts=6)])])
     assert report["experts"]["ep"] == 3 and report["verify"]["all_within_tolerance"]
 
 
 def rows_of_each(group: Any, counts: Sequence[int], block: dict[str, Any]) -> tuple[float, list[int]]:
     """Largest difference from the dense network over passes with other numbers of rows on every rank, in float64."""
-    made = Folding(world=4, cp=4, ep=2, etp=2).create_groups()
+    made = Folding(world=4, cp=4, ep=2, etp=2).create_groups(group=group)
     mlp = dense_mlp()
     random = torch.Generator().manual_seed(5)
     own = SpreadLayer(mlp, ExpertBlock(ep_group=made["ep"], etp_group=made["etp"], **block), random, keep_dense=True)
@@ -215,9 +204,9 @@ def dense_mlp() -> nn.Module:
 
 
 @pytest.mark.parametrize("dispatcher", DISPATCHERS)
-def test_ranks_without_rows_take_part(four: Pool, dispatcher: str) -> None:
+def test_ranks_without_rows_take_part(pool: Pool, dispatcher: str) -> None:
     block = {"experts": 6, "topk": 2, "dispatcher": dispatcher, "chunks": 2}
-    found = four.run(4, rows_of_each, [3, 0, 5, 1], block)
+    found = pool.run(4, rows_of_each, [3, 0, 5, 1], block)
     assert max(worst for worst, _ in found) < 1e-12
     # the first pass: ranks 0 to 3 held 3, 0, 5, 1 rows, and both ranks of an expert's ETP group count its tokens
     assert sum(sum(tokens) for _, tokens in found) == (3 + 0 + 5 + 1) * 2 * 2
@@ -230,8 +219,8 @@ def test_the_dense_networks_are_not_kept_where_nobody_needs_them() -> None:
         pass
 
 
-def test_the_page_shows_experts_beside_everything_else(four: Pool, clip: Path) -> None:
-    records = [record for (record,) in four.run(4, watch, [config_of(clip, ep=2, dispatcher="dedup")])]
+def test_the_page_shows_experts_beside_everything_else(pool: Pool, clip: Path) -> None:
+    records = [record for (record,) in pool.run(4, watch, [config_of(clip, ep=2, dispatcher="dedup")])]
     page = as_text(merged(records))
     assert "8 experts, 2 for each token, EP 2 x ETP 1 x EDP 2, dispatcher dedup" in page
     assert "the busiest rank has" in page and "sent for all else" in page
@@ -264,12 +253,13 @@ def test_the_command_and_the_library_know_the_same_dispatchers() -> None:
 )
 def test_a_folding_that_breaks_a_rule_is_refused_before_a_rank_starts(moe: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        experts.check_experts(config_of(Path("none"), **moe), "demo-moe", 1536)
+        experts.check_experts(config_of(Path("none"), **moe), {"intermediate_size": 1536})
     assert "\n" not in str(caught.value)
 
 
 def test_ep_left_out_is_all_that_experts_and_ranks_allow() -> None:
     def ep(world: int, **moe: Any) -> int:
-        return experts.folding_of(config_of(Path("none"), world, **moe), 1536).ep
+        config = config_of(Path("none"), world, **moe)
+        return experts.folding_of(config, experts.sizes_of(config, {"intermediate_size": 1536})).ep
 
     assert (ep(4), ep(3), ep(6), ep(16), ep(8, etp=4), ep(6, experts=12)) == (4, 1, 2, 8, 2, 6)

@@ -9,11 +9,17 @@ from transformers import (
     LlamaForCausalLM,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 SPECIALS = [
@@ -118,10 +124,10 @@ def qwen3(folder):
     return save(folder, Qwen3VLForConditionalGeneration(config), words, {"patch_size": 8, "size": size})
 
 
-def llava(folder):
+def llava(folder, text=None):
     words = tokenizer("<video>\n")
     config = LlavaOnevisionConfig(
-        text_config={**TEXT, "model_type": "qwen2"},
+        text_config=text or {**TEXT, "model_type": "qwen2"},
         vision_config={
             "model_type": "siglip_vision_model",
             "hidden_size": 32,
@@ -139,6 +145,57 @@ def llava(folder):
     return save(folder, model, words, {"size": {"height": 40, "width": 40}})
 
 
+def qwen3_moe(folder):
+    """Text alone."""
+    text = {**TEXT, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "head_dim": 8}
+    return save_text(folder, Qwen3MoeForCausalLM(Qwen3MoeConfig(**text, decoder_sparse_step=1, norm_topk_prob=True)))
+
+
+def mixtral(folder):
+    """Text alone."""
+    return save_text(
+        folder, MixtralForCausalLM(MixtralConfig(**TEXT, num_local_experts=4, num_experts_per_tok=2, head_dim=8))
+    )
+
+
+def qwen3_vl_moe(folder):
+    """Eyes, and experts in two of three layers."""
+    words = tokenizer("<|vision_start|><|video_pad|><|vision_end|>")
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    sizes = {"num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [1]}
+    config = Qwen3VLMoeConfig(
+        text_config={**TEXT, "head_dim": 8, "rope_parameters": rope, **sizes},
+        vision_config={
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "patch_size": 8,
+            "out_hidden_size": 48,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0, 1],
+            "initializer_range": 0.2,
+        },
+        **token_ids(),
+    )
+    size = {"shortest_edge": 16 * 16 * 4, "longest_edge": 16 * 16 * 60}
+    return save(folder, Qwen3VLMoeForConditionalGeneration(config), words, {"patch_size": 8, "size": size})
+
+
+def llava_moe(folder):
+    """LLaVA-OneVision around a Qwen3-MoE."""
+    sizes = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+    return llava(folder, {**TEXT, "model_type": "qwen3_moe", **sizes})
+
+
+def save_text(folder, model):
+    """A model directory without a processor file."""
+    model.generation_config.eos_token_id = IDS["<|im_end|>"]
+    model.save_pretrained(folder)
+    tokenizer("").save_pretrained(folder)
+    return folder
+
+
 def smollm():
     """A Llama model and its tokenizer, for the demo adapter."""
     words = tokenizer("")
@@ -148,14 +205,20 @@ def smollm():
 
 def demo(cls, dtype=torch.float32, device="cpu"):
     """A demo adapter (`cls`) around tiny weights, the same in every process; `cls.load = classmethod(demo)` makes it the demo."""
+    encoder = vit()
+    model, words = smollm()
+    return cls(encoder, model.to(dtype).requires_grad_(False), words)
+
+
+def vit(*path, **options):
+    """The demo's encoder with tiny weights; can stand for `launch.encoder.load`."""
     from launch.encoder import ViT
 
     torch.manual_seed(2)
     encoder = ViT(width=12, layers=1, heads=2)
     for weights in encoder.parameters():
         weights.data.normal_(0, 0.3)
-    model, words = smollm()
-    return cls(encoder, model.to(dtype).requires_grad_(False), words)
+    return encoder
 
 
 def token_ids():
@@ -168,6 +231,7 @@ def token_ids():
 
 
 MAKERS = {"qwen25": qwen25, "qwen3": qwen3, "llava": llava}
+MIXTURES = {"qwen3_moe": qwen3_moe, "mixtral": mixtral, "qwen3_vl_moe": qwen3_vl_moe, "llava_moe": llava_moe}
 
 
 def frames(count, height=40, width=60, seed=0):
