@@ -19,9 +19,9 @@ from moe.dispatch.flow import (
     DispatchStart,
     Journey,
     Route,
-    lay_out,
 )
 from moe.dispatch.hop import Stage
+from moe.dispatch.landing import lay_out
 from moe.dispatch.wire import Call, Entries, go
 from tokenring.transport import Traffic, connect, count_traffic
 
@@ -130,15 +130,21 @@ class Dispatcher:
         Raises:
             ValueError: on every rank, before rows move, if one rank's arguments are wrong or the ranks' do not go together.
         """
-        return self.start_dispatch(hidden, expert_ids, expert_weights).wait()
+        return self._dispatch(hidden, expert_ids, expert_weights, patient=True).wait()
 
     def start_dispatch(self, hidden: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Pending[Dispatched]:
         """Agree and post the rows of `dispatch`; its `wait()` gives the result.
 
-        Between the two this rank may compute, and start others; every rank starts and waits in the same order.
+        Between the two this rank may compute, and start others; every rank starts and waits in the same order. All rows are
+        under way at once, which takes more memory than `dispatch`.
         """
+        return self._dispatch(hidden, expert_ids, expert_weights, patient=False)
+
+    def _dispatch(
+        self, hidden: Tensor, expert_ids: Tensor, expert_weights: Tensor, *, patient: bool
+    ) -> Pending[Dispatched]:
         route, laid, hidden, expert_weights = self.plan(hidden, expert_ids, expert_weights)
-        journey = Journey(route)
+        journey = Journey(route, patient)
         with self._shared_fate():
             ticket = DispatchStart.apply(hidden, expert_weights, journey)
 
@@ -162,10 +168,15 @@ class Dispatcher:
         Returns:
             (T, H); zeros where all of a token's choices were dropped.
         """
-        return self.start_combine(expert_output, dispatched, weighted).wait()
+        return self._combine(expert_output, dispatched, weighted, patient=True).wait()
 
     def start_combine(self, expert_output: Tensor, dispatched: Dispatched, weighted: bool = False) -> Pending[Tensor]:
         """Add up and post the rows of `combine`; its `wait()` gives the result. See `start_dispatch`."""
+        return self._combine(expert_output, dispatched, weighted, patient=False)
+
+    def _combine(
+        self, expert_output: Tensor, dispatched: Dispatched, weighted: bool, *, patient: bool
+    ) -> Pending[Tensor]:
         if expert_output.shape != dispatched.tokens.shape or expert_output.dtype != dispatched.tokens.dtype:
             error = ValueError(
                 f"expert_output is {tuple(expert_output.shape)} {expert_output.dtype}; give what belongs to the dispatched "
@@ -174,7 +185,7 @@ class Dispatcher:
             for transport in (self.ep, self.etp):
                 transport.abandon(error)
             raise error
-        journey, weights = Journey(dispatched.route), None if weighted else dispatched.weights
+        journey, weights = Journey(dispatched.route, patient), None if weighted else dispatched.weights
         with self._shared_fate():
             ticket = CombineStart.apply(expert_output.contiguous(), weights, dispatched.tie, journey)
 
@@ -205,9 +216,9 @@ class Dispatcher:
                 hops.append(hop)
         if call.refusal is not None:
             raise ValueError(call.refusal)
-        counts = torch.bincount(held.row, minlength=held.num_rows)
-        token_row, place, laid, sizes = lay_out(held, self.first_expert, self.local_experts, self.align)
-        route = Route(hops, first, tuple(ids.shape), token_row, place, counts, sizes, call.flags)
+        came = hops[-1].received if hops else [held.num_rows]
+        landing, laid, sizes = lay_out(held, came, self.first_expert, self.local_experts, self.align)
+        route = Route(hops, first, tuple(ids.shape), landing, sizes, call.flags)
         if recording and not (hidden.requires_grad or weights.requires_grad):
             hidden = hidden.detach().requires_grad_()  # so that every rank's graph holds the same exchanges
         return route, laid, hidden, weights

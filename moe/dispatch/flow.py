@@ -16,11 +16,24 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe.dispatch.hop import Flight, Hop
+from moe.dispatch.exchange import Exchange, Piece
+from moe.dispatch.hop import Hop, Return
+from moe.dispatch.landing import Landing
 from moe.dispatch.rows import add_up, scale_with_dots
-from moe.dispatch.wire import Entries
 
 ROWS_NEED_GRAD, WEIGHTS_NEED_GRAD = 1, 2
+
+
+@dataclass
+class Spread:
+    """Rows on their way to experts."""
+
+    rows: Tensor
+    """Of this rank."""
+    exchange: Exchange | None
+    """Of the first hop; None where there is none."""
+    out: Tensor | None
+    """Where they arrive, if there is another hop."""
 
 
 @dataclass
@@ -32,59 +45,57 @@ class Route:
     """(n,) int64: which of the T k choices, row by row, were no -1."""
     choices: tuple[int, int]
     """(T, k)."""
-    token_row: Tensor
-    """(M,) int64: row behind each expert-major token; -1 where it is filling."""
-    place: Tensor
-    """(n',) int64: expert-major place of each entry held after the hops."""
-    counts: Tensor
-    """Entries of each row held after the hops."""
+    landing: Landing
+    """Where rows lie after the hops."""
     tokens_per_expert: Tensor
     """(local experts,) int64, filling included."""
     flags: int
     """What the ranks agreed needs gradients."""
 
-    def start_spread(self, x: Tensor) -> Flight | Tensor:
-        """Post the first hop of (T, H) rows; rows themselves where there is no hop."""
-        return self.hops[0].start(x) if self.hops else x
-
-    def finish_spread(self, flight: Flight | Tensor) -> Tensor:
-        """The other hops, and the rows (M, H) expert by expert; filling is zero."""
-        x = self.hops[0].finish(flight) if self.hops else flight
-        for hop in self.hops[1:]:
-            x = hop.finish(hop.start(x))
-        if self.place.numel() == self.token_row.numel():
-            return x.index_select(0, self.token_row)
-        out = x.new_zeros(self.token_row.numel(), x.shape[1])
-        return out.index_copy_(0, self.place, x.index_select(0, self.token_row[self.place]))
-
-    def start_collect(self, y: Tensor, weights: Tensor | None) -> Flight | Tensor:
-        """Add up the entries of each row of (M, H), times weights (M,) or None for ones, and post the way home."""
-        held = None if weights is None else weights[self.place]
+    def start_spread(self, x: Tensor, patient: bool) -> Spread:
+        """Post the first hop of (T, H) rows."""
         if not self.hops:
-            return add_up(y, self.place, self.counts, held, y.dtype)
-        last = self.hops[-1]
-        ends = torch.tensor(last.received_entries).cumsum(0).tolist()
+            return Spread(x, None, None)
+        out = self.hops[0].room_for(x) if len(self.hops) > 1 else None
+        return Spread(x, self.hops[0].start(x, patient, out), out)
 
-        def summed(peer: int) -> Tensor:
-            entries = slice(ends[peer] - last.received_entries[peer], ends[peer])
-            counts = self.counts.split(last.received)[peer]
-            return add_up(y, self.place[entries], counts, None if held is None else held[entries], y.dtype)
+    def finish_spread(self, way: Spread, patient: bool) -> Tensor:
+        """The other hops, and the rows (M, H) expert by expert; filling is zero."""
+        x, exchange, out = way.rows, way.exchange, way.out
+        if exchange is None:
+            return self.landing.whole(x)
+        for hop, following in zip(self.hops, self.hops[1:]):
+            x = hop.arrive(x, exchange, out)
+            out = following.room_for(x) if following is not self.hops[-1] else None
+            exchange = following.start(x, patient, out)
+        return self.landing.pieces(x, exchange, self.hops[-1])
 
-        return last.start_reverse(summed, y)
+    def start_collect(self, y: Tensor, weights: Tensor | None, patient: bool) -> Return | Tensor:
+        """Add up the entries of each row of (M, H), times weights (M,) or None for ones, and post the way home."""
+        place, counts = self.landing.place, self.landing.counts
+        held = None if weights is None else weights[place]
+        if not self.hops:
+            return add_up(y, place, counts, held, y.dtype)
 
-    def finish_collect(self, flight: Flight | Tensor, like: Tensor) -> Tensor:
+        def summed(piece: Piece) -> Tensor:
+            rows, entries = self.landing.span(piece, y)
+            return add_up(y, place[entries], counts[rows], None if held is None else held[entries], y.dtype)
+
+        return self.hops[-1].start_reverse(summed, y, patient)
+
+    def finish_collect(self, way: Return | Tensor, like: Tensor, patient: bool) -> Tensor:
         """The rest of the way: sums (T, H) in the dtype of `like`."""
         if not self.hops:
-            return flight
-        total = self.hops[-1].finish_reverse(flight)
+            return way
+        total = self.hops[-1].finish_reverse(way)
         for hop in reversed(self.hops[:-1]):
             parts = total.to(like.dtype).split(hop.received)
-            total = hop.finish_reverse(hop.start_reverse(parts.__getitem__, like))
+            total = hop.finish_reverse(hop.start_reverse(lambda p, of=parts: of[p.peer][p.rows], like, patient))
         return total.to(like.dtype)
 
     def collect_entries(self, values: Tensor) -> Tensor:
         """(M,) numbers -> (T, k): each goes back to the choice it is for; choices of -1 get 0."""
-        values = values[self.place]
+        values = values[self.landing.place]
         for hop in reversed(self.hops):
             values = hop.reverse_entries(values)
         out = values.new_zeros(self.choices[0] * self.choices[1])
@@ -92,31 +103,13 @@ class Route:
         return out.view(self.choices)
 
 
-def lay_out(held: Entries, first_expert: int, local_experts: int, align: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(token_row, place, weights, tokens_per_expert): entries in the order of experts, each expert's filled up to `align`."""
-    local = held.expert - first_expert
-    real = torch.bincount(local, minlength=local_experts)
-    order = local.argsort(stable=True)
-    sizes = torch.div(real + align - 1, align, rounding_mode="floor") * align
-    start = sizes.cumsum(0) - sizes
-    before = real.cumsum(0) - real
-    expert = local[order]
-    position = torch.arange(order.numel(), device=order.device) - before[expert] + start[expert]
-    place = torch.empty_like(order)
-    place[order] = position
-    total = order.numel() if align == 1 else int(sizes.sum())
-    token_row = torch.full((total,), -1, dtype=torch.int64, device=order.device)
-    token_row[place] = held.row
-    weights = held.weight.new_zeros(total)
-    weights[place] = held.weight
-    return token_row, place, weights, sizes
-
-
 @dataclass
 class Journey:
     """What the two halves of one pass, and those of its backward, hand each other besides tensors."""
 
     route: Route
+    patient: bool
+    """Whether nothing else is to be done between the halves; see `moe.dispatch.exchange.Exchange`."""
     forward: Any = None
     backward: Any = None
     d_entries: Tensor | None = None
@@ -128,7 +121,7 @@ class DispatchStart(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weights: Tensor, journey: Journey) -> Tensor:
         ctx.journey, ctx.like = journey, hidden.new_empty(0, hidden.shape[1])
-        journey.forward = journey.route.start_spread(hidden)
+        journey.forward = journey.route.start_spread(hidden, journey.patient)
         return torch.zeros_like(ctx.like)
 
     @staticmethod
@@ -137,7 +130,7 @@ class DispatchStart(torch.autograd.Function):
         journey, route = ctx.journey, ctx.journey.route
         flight, journey.backward = journey.backward, None
         entries, journey.d_entries = journey.d_entries, None
-        d_hidden = route.finish_collect(flight, ctx.like) if route.flags & ROWS_NEED_GRAD else None
+        d_hidden = route.finish_collect(flight, ctx.like, journey.patient) if route.flags & ROWS_NEED_GRAD else None
         d_weights = route.collect_entries(entries) if route.flags & WEIGHTS_NEED_GRAD else None
         return d_hidden, d_weights, None
 
@@ -149,14 +142,14 @@ class DispatchFinish(torch.autograd.Function):
     def forward(ctx, ticket: Tensor, laid: Tensor, journey: Journey) -> tuple[Tensor, Tensor, Tensor]:
         ctx.journey = journey
         flight, journey.forward = journey.forward, None
-        return journey.route.finish_spread(flight), laid.clone(), ticket.new_zeros(0)
+        return journey.route.finish_spread(flight, journey.patient), laid.clone(), ticket.new_zeros(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_tokens: Tensor, d_laid: Tensor, tie: Tensor) -> tuple[Tensor, None, None]:
         journey, route = ctx.journey, ctx.journey.route
         if route.flags & ROWS_NEED_GRAD:
-            journey.backward = route.start_collect(d_tokens.contiguous(), None)
+            journey.backward = route.start_collect(d_tokens.contiguous(), None, journey.patient)
         journey.d_entries = d_laid.contiguous()
         return d_tokens.new_zeros(0, d_tokens.shape[1]), None, None
 
@@ -169,7 +162,7 @@ class CombineStart(torch.autograd.Function):
         ctx.journey, ctx.weighted = journey, weights is not None
         if weights is not None:
             ctx.save_for_backward(y, weights)
-        journey.forward = journey.route.start_collect(y, weights)
+        journey.forward = journey.route.start_collect(y, weights, journey.patient)
         return y.new_zeros(0, y.shape[1])
 
     @staticmethod
@@ -177,7 +170,7 @@ class CombineStart(torch.autograd.Function):
     def backward(ctx, ticket: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None]:
         journey, d_weights = ctx.journey, None
         flight, journey.backward = journey.backward, None
-        d_y = journey.route.finish_spread(flight)
+        d_y = journey.route.finish_spread(flight, journey.patient)
         if ctx.weighted:
             y, weights = ctx.saved_tensors
             d_weights = scale_with_dots(d_y, weights, y, want_dots=bool(journey.route.flags & WEIGHTS_NEED_GRAD))
@@ -191,10 +184,10 @@ class CombineFinish(torch.autograd.Function):
     def forward(ctx, ticket: Tensor, journey: Journey) -> Tensor:
         ctx.journey = journey
         flight, journey.forward = journey.forward, None
-        return journey.route.finish_collect(flight, ticket)
+        return journey.route.finish_collect(flight, ticket, journey.patient)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out: Tensor) -> tuple[Tensor, None]:
-        ctx.journey.backward = ctx.journey.route.start_spread(d_out.contiguous())
+        ctx.journey.backward = ctx.journey.route.start_spread(d_out.contiguous(), ctx.journey.patient)
         return d_out.new_zeros(0, d_out.shape[1]), None

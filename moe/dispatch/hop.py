@@ -3,25 +3,21 @@
     forward   received = rows picked for this rank by each peer, in the order of the peers
     reverse   its adjoint: what was received goes home, and is added up there in float32
 
-A `Stage` says which ranks take part and by what rule rows are chosen; a `Hop` is what became of it for one batch. A message
-a peer: the one for the peer s places on leaves while the next one is picked, and all receives are posted before.
+A `Stage` says which ranks take part and by what rule rows are chosen; a `Hop` is what became of it for one batch. How messages
+follow each other: `moe.dispatch.exchange`.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from moe.dispatch.exchange import Buffer, Exchange, Giver, Piece, plan_steps, rows_of_a_piece
 from moe.dispatch.rows import sum_dtype
 from tokenring.transport import Transport
-
-ROW_LANE = 1
-_step_numbers = itertools.count()
-"""Names for exchanges under way; no two of this process are alike."""
 
 
 @dataclass(frozen=True)
@@ -100,15 +96,12 @@ def choose_rows(stage: Stage, num_rows: int, entry_row: Tensor, entry_expert: Te
 
 
 @dataclass
-class Flight:
-    """An exchange of rows that is under way."""
+class Return:
+    """Sums on their way home."""
 
-    rows: Tensor
-    """What it fills or adds up to."""
-    slots: dict[int, Tensor]
-    """Where the rows of each peer arrive."""
-    steps: list[int]
-    """Its messages' numbers on the lane."""
+    exchange: Exchange
+    total: Tensor
+    """(num_rows, H): what has been added up so far."""
 
 
 @dataclass
@@ -125,59 +118,86 @@ class Hop:
     """Rows that each peer, this rank too, gives to this rank."""
     received_entries: list[int]
 
-    def start(self, x: Tensor) -> Flight:
-        """Post the way of (num_rows, H) to the peers."""
-        out = x.new_empty(sum(self.received), x.shape[1])
-        slots, place = out.split(self.received), self.stage.place
-        flight = Flight(out, dict(enumerate(slots)), self._steps())
-        self._post(flight, self._backwards())
-        for step, peer in zip(flight.steps, self._onwards()):
-            self._push(step, peer, _pick(x, self.choice.rows_for(peer)))
-        own = self.choice.rows_for(place)
-        if own is None:
-            slots[place].copy_(x)
-        elif own.numel():
-            torch.index_select(x, 0, own, out=slots[place])
-        return flight
+    def start(self, x: Tensor, patient: bool, out: Tensor | None = None) -> Exchange:
+        """Post the way of (num_rows, H) to the peers; what arrives goes to buffers, or to its place in `out` (sum(received), H)."""
+        places = None if out is None else out.split(self.received)
 
-    def finish(self, flight: Flight) -> Tensor:
-        """(sum(received), H): what every peer, this rank too, gave."""
-        for step in flight.steps:
-            self.stage.transport.wait(ROW_LANE, step)
-        return flight.rows
+        def give(piece: Piece, buffer: Buffer) -> Tensor:
+            index = self.choice.rows_for(piece.peer)
+            return x[piece.rows] if index is None else torch.index_select(x, 0, index[piece.rows], out=buffer())
 
-    def start_reverse(self, home: Callable[[int], Tensor], like: Tensor) -> Flight:
+        def room(piece: Piece, buffer: Buffer) -> Tensor:
+            return buffer() if places is None else places[piece.peer][piece.rows]
+
+        return self._exchange(self.choice.row_splits, self.received, give, room, x, patient)
+
+    def arrive(self, x: Tensor, exchange: Exchange, out: Tensor) -> Tensor:
+        """What is under way into `out`, and this rank's own rows of x: (sum(received), H), peer after peer."""
+        own, index = out.split(self.received)[self.stage.place], self.choice.rows_for(self.stage.place)
+        if index is None:
+            own.copy_(x)
+        elif index.numel():
+            torch.index_select(x, 0, index, out=own)
+        exchange.finish(lambda piece, rows: None)
+        return out
+
+    def room_for(self, x: Tensor) -> Tensor:
+        """(sum(received), H), not filled."""
+        return x.new_empty(sum(self.received), x.shape[1])
+
+    def start_reverse(self, home: Callable[[Piece], Tensor], like: Tensor, patient: bool) -> Return:
         """Post the way back.
 
         Args:
-            home: place of a peer -> (received[place], H) rows for it, in the dtype of `like`.
+            home: rows that came from a peer, or this rank's own -> their sums, in the dtype of `like`.
             like: any tensor of the wire's dtype and device with H columns.
+            patient: see `Exchange`.
         """
-        sent = self.choice.row_splits
-        slots = {peer: like.new_empty(sent[peer], like.shape[1]) for peer in self._onwards()}
         total = torch.zeros(self.num_rows, like.shape[1], dtype=sum_dtype(like.dtype), device=like.device)
-        flight = Flight(total, slots, self._steps())
-        self._post(flight, self._onwards())
-        for step, peer in zip(flight.steps, self._backwards()):
-            self._push(step, peer, home(peer))
-        self._add(total, self.stage.place, home(self.stage.place))
-        return flight
+        exchange = self._exchange(
+            self.received,
+            self.choice.row_splits,
+            lambda piece, buffer: home(piece),
+            lambda piece, buffer: buffer(),
+            like,
+            patient,
+            onwards=False,
+        )
+        place, most = self.stage.place, rows_of_a_piece(like)
+        for start in range(0, self.received[place], most):
+            piece = Piece(place, start, min(start + most, self.received[place]))
+            self._add(total, piece, home(piece))
+        return Return(exchange, total)
 
-    def finish_reverse(self, flight: Flight) -> Tensor:
+    def finish_reverse(self, way: Return) -> Tensor:
         """Sums over what every peer sent back, (num_rows, H) in the dtype sums are taken in."""
-        for step, peer in zip(flight.steps, self._onwards()):
-            self.stage.transport.wait(ROW_LANE, step)
-            self._add(flight.rows, peer, flight.slots.pop(peer))
-        return flight.rows
+        way.exchange.finish(lambda piece, rows: self._add(way.total, piece, rows))
+        return way.total
 
-    def _add(self, total: Tensor, peer: int, rows: Tensor) -> None:
-        index = self.choice.rows_for(peer)
+    def _exchange(
+        self,
+        leave: list[int],
+        arrive: list[int],
+        give: Giver,
+        room: Giver,
+        like: Tensor,
+        patient: bool,
+        *,
+        onwards: bool = True,
+    ) -> Exchange:
+        steps = plan_steps(self.stage.place, leave, arrive, rows_of_a_piece(like), onwards=onwards)
+        return Exchange(self.stage.transport, self.stage.peers, steps, give, room, like, patient)
+
+    def _add(self, total: Tensor, piece: Piece, rows: Tensor) -> None:
+        index = self.choice.rows_for(piece.peer)
         if index is None:
-            total += rows
+            total[piece.rows] += rows
         elif self.choice.counts is None and total.device.type != "cpu":
-            total.index_put_((index,), rows.to(total.dtype), accumulate=True)  # sorts, so repeats bit for bit
+            total.index_put_(
+                (index[piece.rows],), rows.to(total.dtype), accumulate=True
+            )  # sorts, so repeats bit for bit
         else:
-            total.index_add_(0, index, rows.to(total.dtype))
+            total.index_add_(0, index[piece.rows], rows.to(total.dtype))
 
     def reverse_entries(self, values: Tensor) -> Tensor:
         """Numbers, one for each entry that was received, go home and are added up: (num_entries,)."""
@@ -195,33 +215,7 @@ class Hop:
             total = total + slots[p] if index is None else total.index_add_(0, index, slots[p])
         return total
 
-    # -- messages: step s goes to the peer s places on and comes from the one s places back, or the other way ----------
-
-    def _onwards(self) -> list[int]:
-        size, place = len(self.stage.peers), self.stage.place
-        return [(place + shift) % size for shift in range(1, size)]
-
-    def _backwards(self) -> list[int]:
-        size, place = len(self.stage.peers), self.stage.place
-        return [(place - shift) % size for shift in range(1, size)]
-
-    def _steps(self) -> list[int]:
-        return [next(_step_numbers) for _ in self.stage.peers[1:]]
-
-    def _post(self, flight: Flight, sources: list[int]) -> None:
-        for step, peer in zip(flight.steps, sources):
-            slot = flight.slots[peer]
-            self.stage.transport.open(ROW_LANE, step, [(self.stage.peers[peer], slot)] if slot.numel() else [])
-
-    def _push(self, step: int, peer: int, rows: Tensor) -> None:
-        sends = [(self.stage.peers[peer], rows.contiguous())] if rows.numel() else []
-        self.stage.transport.push(ROW_LANE, step, sends)
-
 
 def _part(x: Tensor, splits: list[int], place: int) -> Tensor:
     start = sum(splits[:place])
     return x[start : start + splits[place]]
-
-
-def _pick(x: Tensor, index: Tensor | None) -> Tensor:
-    return x if index is None else x.index_select(0, index)

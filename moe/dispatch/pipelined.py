@@ -39,8 +39,9 @@ def through_experts(
 
     >>> from moe import build_dispatcher
     >>> d = build_dispatcher("dedup", num_experts=2)
-    >>> through_experts(d, lambda sent: 3 * sent.tokens, torch.ones(4, 1), torch.zeros(4, 1).long(), torch.ones(4, 1), chunks=2)[:, 0]
-    tensor([3., 3., 3., 3.])
+    >>> given = torch.ones(4, 1), torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1)
+    >>> through_experts(d, lambda sent: 3 * sent.tokens, *given, chunks=2)[:, 0].tolist()
+    [3.0, 3.0, 3.0, 3.0]
     """
     parts = list(zip(*(x.tensor_split(chunks) for x in (tokens, ids, weights))))
     ahead = d.start_dispatch(*parts[0])

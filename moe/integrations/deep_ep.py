@@ -28,8 +28,8 @@ from moe.dispatch.flow import (
     DispatchStart,
     Journey,
     Route,
-    lay_out,
 )
+from moe.dispatch.landing import lay_out
 from moe.dispatch.wire import Entries
 from tokenring.transport import connect
 
@@ -92,18 +92,17 @@ class DeepEP(_Kernels):
         slots = (ids.reshape(-1) >= 0).nonzero().squeeze(1)
         row = torch.div(slots, ids.shape[1], rounding_mode="floor")
         held = Entries(rows.shape[0], row, ids.reshape(-1)[slots].long(), weights.detach().reshape(-1)[slots])
-        token_row, place, laid, sizes = lay_out(held, 0, self.local_experts, self.align)
-        counts = torch.bincount(row, minlength=rows.shape[0])
+        landing, laid, sizes = lay_out(held, [rows.shape[0]], 0, self.local_experts, self.align)
         flags = ROWS_NEED_GRAD | WEIGHTS_NEED_GRAD
-        handle.local = Route([], slots, tuple(ids.shape), token_row, place, counts, sizes, flags)
-        journey = Journey(handle.local)
+        handle.local = Route([], slots, tuple(ids.shape), landing, sizes, flags)
+        journey = Journey(handle.local, patient=True)
         tokens, laid, tie = DispatchFinish.apply(DispatchStart.apply(rows, weights, journey), laid, journey)
         return Dispatched(tokens, sizes, laid, handle, tie)
 
     def combine(self, expert_output: Tensor, dispatched: Dispatched, weighted: bool = False) -> Tensor:
         """As `moe.dispatch.Dispatcher.combine`."""
         handle, weights = dispatched.route, None if weighted else dispatched.weights
-        journey = Journey(handle.local)
+        journey = Journey(handle.local, patient=True)
         ticket = CombineStart.apply(expert_output.contiguous(), weights, dispatched.tie, journey)
         return _DeepCombine.apply(CombineFinish.apply(ticket, journey), self._buffer, handle)
 
