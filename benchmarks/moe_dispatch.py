@@ -1,13 +1,15 @@
-"""Dispatch and combine, forward and backward, on CPUs over gloo: our dispatchers beside Megatron-Core's, in one run.
+"""Dispatch and combine, forward and backward, on CPUs over gloo: our dispatchers beside other libraries', in one run.
 
-    python benchmarks/moe_dispatch.py [--ranks 4 8] [--workloads W0] [--out benchmarks/results/moe_dispatch.json]
+    python -m benchmarks.moe_dispatch [--ranks 4 8] [--workloads W0 ...] [--out benchmarks/results/moe_dispatch.json]
 
-Experts are the identity, and already weighted, on both sides. Every turn times each contender once, one after another; a
-turn's time is that of its slowest rank; figures are medians over turns, ratios are medians of the turns' ratios. Bytes are
-the rows that left all ranks. Memory is what a step adds at most to a process, the largest of the ranks.
+Experts are the identity, and already weighted, on all sides. Every turn times each contender once, one after another; a turn's
+time is that of its slowest rank; figures are medians over turns, ratios are medians of the turns' ratios. Bytes are the rows
+that left all ranks. Memory is what a step adds at most to a process, the largest of the ranks; every contender has run once
+before it is measured.
 
-Megatron-Core's dispatchers expect a GPU. Here, and only here, four CUDA calls are answered on the CPU, and split sizes become
-lists (`cpu_shim`); their code is untouched. Megatron-Core 0.16.1's alltoall refuses uneven gloo gathers, so ETP stays 1.
+The first workload is timed `--turns` times with everyone, the others `--other-turns` times with those that the claims are about.
+Megatron-Core and DeepSpeed take part where they can be imported (`moe_rivals.py`); DeepSpeed on the first workload and the
+first number of ranks only, as it pads every expert to the busiest one's tokens.
 """
 
 from __future__ import annotations
@@ -16,14 +18,11 @@ import argparse
 import ctypes
 import gc
 import json
-import os
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from datetime import date, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -31,11 +30,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from benchmarks.moe_rivals import DEEPSPEED, MEGATRON, rivals
+from benchmarks.record import measured
 from moe import build_dispatcher, traffic
 from moe.workloads import WORKLOADS, routing
 
 OURS = ("dedup", "hierarchical", "alltoall", "allgather")
-THEIRS = ("megatron alltoall", "megatron allgather")
+CLAIMED = ("dedup", "alltoall", *MEGATRON)
 
 
 def ours(name: str, group: dist.ProcessGroup, options: argparse.Namespace) -> Callable[..., Tensor]:
@@ -46,67 +47,6 @@ def ours(name: str, group: dist.ProcessGroup, options: argparse.Namespace) -> Ca
     def step(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         sent = d.dispatch(hidden, ids, weights)
         return d.combine(sent.tokens, sent, weighted=True)
-
-    return step
-
-
-def cpu_shim() -> None:
-    """Answer the CUDA calls on the way of Megatron-Core's dispatchers, and turn its split sizes into lists."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import mappings
-    from megatron.core.transformer.moe import token_dispatcher
-
-    class Stream:
-        def wait_stream(self, other: object) -> None: ...
-
-        def synchronize(self) -> None: ...
-
-        def record_event(self) -> Stream:
-            return self
-
-    plain = mappings.all_to_all
-
-    def all_to_all(group: object, x: Tensor, output_splits: object = None, input_splits: object = None) -> Tensor:
-        as_list = [s.tolist() if isinstance(s, Tensor) else s for s in (output_splits, input_splits)]
-        return plain(group, x, *as_list)
-
-    parallel_state._set_global_memory_buffer()
-    torch.cuda.current_device = lambda: "cpu"
-    torch.cuda.Stream = Stream
-    torch.cuda.current_stream = Stream
-    torch.cuda.stream = lambda stream: nullcontext()
-    token_dispatcher.all_to_all = all_to_all
-
-
-def megatron(name: str, group: dist.ProcessGroup, options: argparse.Namespace) -> Callable[..., Tensor]:
-    """One of Megatron-Core's dispatchers on the whole group as EP."""
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.transformer.moe import token_dispatcher as theirs
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    kind = {"alltoall": theirs.MoEAlltoAllTokenDispatcher, "allgather": theirs.MoEAllGatherTokenDispatcher}[name]
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=options.hidden,
-        num_attention_heads=1,
-        num_moe_experts=options.experts,
-        moe_router_topk=options.topk,
-        expert_model_parallel_size=group.size(),
-        add_bias_linear=False,
-    )
-    pgs = ProcessGroupCollection()
-    alone = options.alone
-    pgs.ep, pgs.expt_tp, pgs.tp_ep, pgs.tp = group, alone, group, alone
-    local = options.experts // group.size()
-    mine = list(range(group.rank() * local, (group.rank() + 1) * local))
-    d = kind(local, mine, config=config, pg_collection=pgs)
-
-    def step(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        probs = hidden.new_zeros(hidden.shape[0], options.experts).scatter(1, ids, weights)
-        chosen = torch.zeros_like(probs, dtype=torch.bool).scatter(1, ids, True)
-        tokens, probs = d.token_dispatch(*d.dispatch_preprocess(hidden.unsqueeze(1), chosen, probs))
-        tokens, _, _ = d.dispatch_postprocess(tokens, probs)
-        return d.combine_postprocess(d.token_combine(d.combine_preprocess(tokens))).squeeze(1)
 
     return step
 
@@ -126,34 +66,44 @@ def peak_bytes(reset: bool) -> int:
 def worker(rank: int, world: int, store: str, options: argparse.Namespace, results: str) -> None:
     """One rank: all contenders on all workloads."""
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=300)
-    )
+    limit = timedelta(seconds=300)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit)
     group = dist.group.WORLD
     singles = [dist.new_group([r]) for r in range(world)]
-    options.alone = singles[rank]
     steps = {name: ours(name, group, options) for name in OURS}
-    if options.megatron:
-        cpu_shim()
-        steps |= {name: megatron(name.split()[1], group, options) for name in THEIRS}
+    if options.rivals:
+        steps |= rivals(group, options, singles[rank])
     records = []
-    for workload in options.workloads:
-        records.append(run_workload(workload, steps, group, options))
+    for number, workload in enumerate(options.workloads):
+        taking_part = [name for name in steps if takes_part(name, workload, number, world, options)]
+        turns = options.turns if number == 0 else options.other_turns
+        records.append(run_workload(workload, {name: steps[name] for name in taking_part}, group, turns, options))
     if rank == 0:
         Path(results).write_text(json.dumps(records))
     dist.barrier()
     dist.destroy_process_group()
 
 
+def takes_part(name: str, workload: str, number: int, world: int, options: argparse.Namespace) -> bool:
+    """Megatron-Core and DeepSpeed want equally many tokens on every rank, which W4 does not have."""
+    if name == DEEPSPEED:
+        return number == 0 and world == options.ranks[0] and workload != "W4"
+    return (number == 0 or name in CLAIMED) and not (workload == "W4" and name in MEGATRON)
+
+
 def run_workload(
-    workload: str, steps: dict[str, Callable[..., Tensor]], group: dist.ProcessGroup, options: argparse.Namespace
+    workload: str,
+    steps: dict[str, Callable[..., Tensor]],
+    group: dist.ProcessGroup,
+    turns: int,
+    options: argparse.Namespace,
 ) -> dict:
     """Times of every turn, peak memory and bytes of every contender."""
     rank, world = group.rank(), group.size()
-    ragged = workload == "W4"
-    seconds: dict[str, list[float]] = {name: [] for name in steps if not (ragged and name.startswith("megatron"))}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     peaks = dict.fromkeys(seconds, 0)
-    for turn in range(-options.warmup, options.turns):
+    # the first workload is run once more before anything is measured
+    for turn in range(-1 if workload != options.workloads[0] else -2, turns):
         ids = routing(workload, options.tokens, options.experts, options.topk, world, seed=1, step=max(turn, 0))
         draw = torch.Generator().manual_seed(rank)
         n = ids[rank].shape[0]
@@ -178,7 +128,9 @@ def run_workload(
         check_alike(results)
     peak = torch.tensor([float(peaks[name]) for name in seconds])
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-    sent = {name: sent_bytes(name, ids, world, options) for name in seconds}
+    sent = {name: sent_bytes(name, ids, world, options) for name in seconds if name != DEEPSPEED}
+    if DEEPSPEED in seconds:
+        sent[DEEPSPEED] = padded_bytes(ids, world, options)
     return report(workload, world, seconds, dict(zip(seconds, peak.tolist())), sent)
 
 
@@ -196,6 +148,12 @@ def sent_bytes(name: str, ids: list[Tensor], world: int, options: argparse.Names
     nodes = {"ranks_per_node": max(1, world // 2)} if name == "hierarchical" else {}
     sizes = {"num_experts": options.experts, "topk": options.topk, "ep": world, "tokens": options.tokens}
     return 4 * sum(traffic(name.split()[-1], **sizes, row_bytes=4 * options.hidden, routing=ids, **nodes).values())
+
+
+def padded_bytes(ids: list[Tensor], world: int, options: argparse.Namespace) -> float:
+    """Bytes of all four passes where every rank sends as many rows for each expert as its busiest one has anywhere."""
+    capacity = max(int(torch.bincount(part.flatten(), minlength=options.experts).max()) for part in ids)
+    return 4 * (world - 1) * options.experts * capacity * 4 * options.hidden
 
 
 def report(workload: str, world: int, seconds: dict, peaks: dict, sent: dict) -> dict:
@@ -233,10 +191,10 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--topk", type=int, default=8)
-    parser.add_argument("--turns", type=int, default=11)
-    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--other-turns", type=int, default=3)
     parser.add_argument("--workloads", nargs="+", default=["W0"], choices=WORKLOADS)
-    parser.add_argument("--no-megatron", dest="megatron", action="store_false")
+    parser.add_argument("--no-rivals", dest="rivals", action="store_false")
     parser.add_argument("--out")
     options = parser.parse_args()
     records = []
@@ -248,17 +206,8 @@ def main() -> None:
     for record in records:
         show(record)
     if options.out:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout
-        about = {
-            "date": str(date.today()),
-            "commit": commit.strip(),
-            "cores": os.cpu_count(),
-            "torch": torch.__version__,
-        }
-        sizes = {key: getattr(options, key) for key in ("tokens", "hidden", "experts", "topk", "turns")}
-        Path(options.out).write_text(json.dumps({"about": about, "sizes": sizes, "records": records}, indent=1) + "\n")
+        sizes = {key: getattr(options, key) for key in ("tokens", "hidden", "experts", "topk", "turns", "other_turns")}
+        Path(options.out).write_text(json.dumps(measured() | {"sizes": sizes, "records": records}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

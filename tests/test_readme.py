@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("call", ["tr.plan(", "anchor_attention("])
+@pytest.mark.parametrize("call", ["tr.plan(", "anchor_attention(", "build_dispatcher("])
 def test_the_example_prints_what_the_readme_says(call: str) -> None:
     block = next(b for b in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if call in b)
     said = re.findall(r"print\(.*#\s*(.+)$", block, re.M)

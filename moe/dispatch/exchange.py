@@ -20,10 +20,10 @@ from torch import Tensor
 from tokenring.transport import Transport
 
 ROW_LANE = 1
-PIECE_BYTES = {"cpu": 1 << 20}
+PIECE_BYTES = {"cpu": 2 << 20}
 LARGE_PIECE_BYTES = 64 << 20
 """For devices whose launches cost more than their memory."""
-AHEAD = 4
+AHEAD = 3
 """Steps under way while one is waited for."""
 _step_numbers = itertools.count()
 """Names for exchanges under way; no two of this process are alike."""
@@ -82,6 +82,11 @@ def plan_steps(place: int, leave: list[int], arrive: list[int], most: int, *, on
 
 def _pieces(peer: int, rows: int, most: int) -> list[Piece]:
     return [Piece(peer, start, min(start + most, rows)) for start in range(0, rows, most)]
+
+
+def own_pieces(place: int, rows: int, like: Tensor) -> list[Piece]:
+    """The pieces of what stays at this rank."""
+    return _pieces(place, rows, rows_of_a_piece(like))
 
 
 def rows_of_a_piece(like: Tensor) -> int:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe.dispatch.exchange import Buffer, Exchange, Giver, Piece, plan_steps, rows_of_a_piece
+from moe.dispatch.exchange import Buffer, Exchange, Giver, Piece, own_pieces, plan_steps, rows_of_a_piece
+from moe.dispatch.pages import room
 from moe.dispatch.rows import sum_dtype
 from tokenring.transport import Transport
 
@@ -143,7 +144,7 @@ class Hop:
 
     def room_for(self, x: Tensor) -> Tensor:
         """(sum(received), H), not filled."""
-        return x.new_empty(sum(self.received), x.shape[1])
+        return room(x, sum(self.received))
 
     def start_reverse(self, home: Callable[[Piece], Tensor], like: Tensor, patient: bool) -> Return:
         """Post the way back.
@@ -153,7 +154,7 @@ class Hop:
             like: any tensor of the wire's dtype and device with H columns.
             patient: see `Exchange`.
         """
-        total = torch.zeros(self.num_rows, like.shape[1], dtype=sum_dtype(like.dtype), device=like.device)
+        total = room(like, self.num_rows, sum_dtype(like.dtype)).zero_()
         exchange = self._exchange(
             self.received,
             self.choice.row_splits,
@@ -163,9 +164,7 @@ class Hop:
             patient,
             onwards=False,
         )
-        place, most = self.stage.place, rows_of_a_piece(like)
-        for start in range(0, self.received[place], most):
-            piece = Piece(place, start, min(start + most, self.received[place]))
+        for piece in own_pieces(self.stage.place, self.received[self.stage.place], like):
             self._add(total, piece, home(piece))
         return Return(exchange, total)
 

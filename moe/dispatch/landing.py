@@ -9,13 +9,16 @@ A run is filled by one copy straight out of the piece that arrived, which is the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from moe.dispatch.exchange import Exchange, Piece, rows_of_a_piece
+from moe.dispatch.exchange import Exchange, Piece, own_pieces, rows_of_a_piece
 from moe.dispatch.hop import Hop
+from moe.dispatch.pages import room
 from moe.dispatch.wire import Entries
 
 Run = tuple[int, Tensor]
@@ -36,7 +39,8 @@ class Landing:
     """Rows that came from each peer of the last hop."""
     _entries: dict[int, int] = field(default_factory=dict)
     """Entries before a row where a piece may start or stop."""
-    _runs: dict[tuple[int, int, int], list[Run]] = field(default_factory=dict)
+    _runs: dict[tuple[int, int], list[Run]] = field(default_factory=dict)
+    """Of the piece of a peer that starts at a row."""
 
     def whole(self, x: Tensor) -> Tensor:
         """(M, H) of rows that lie here already."""
@@ -47,8 +51,10 @@ class Landing:
     def pieces(self, x: Tensor, exchange: Exchange, hop: Hop) -> Tensor:
         """(M, H) of rows that arrive, and of this rank's own out of (num_rows, H)."""
         out, place = self._room(x), hop.stage.place
-        own, index = Piece(place, 0, self.received[place]), hop.choice.rows_for(place)
-        self._lay(out, own, x, index, x)
+        index = hop.choice.rows_for(place)
+        for own in own_pieces(place, self.received[place], x):
+            here = x[own.rows] if index is None else x
+            self._lay(out, own, here, None if index is None else index[own.rows], x)
         exchange.finish(lambda piece, rows: self._lay(out, piece, rows, None, x))
         return out
 
@@ -61,8 +67,8 @@ class Landing:
         return rows, slice(self._entries[rows.start], self._entries[rows.stop])
 
     def _room(self, x: Tensor) -> Tensor:
-        filled = self.place.numel() < self.token_row.numel()
-        return (x.new_zeros if filled else x.new_empty)(self.token_row.numel(), x.shape[1])
+        out = room(x, self.token_row.numel())
+        return out.zero_() if self.place.numel() < self.token_row.numel() else out
 
     def _lay(self, out: Tensor, piece: Piece, rows: Tensor, index: Tensor | None, like: Tensor) -> None:
         """Copy the rows of a piece, or those of `rows` that `index` names, to their places."""
@@ -79,21 +85,36 @@ class Landing:
             torch.index_select(rows, 0, source, out=out[start : start + local.numel()])
 
     def _runs_of(self, piece: Piece, like: Tensor) -> list[Run]:
-        key = (piece.peer, piece.start, piece.stop)
-        if key not in self._runs:
-            rows, entries = self.span(piece, like)
-            places = self.place[entries].sort().values
-            local = self.token_row[places] - rows.start
-            starts = [0, *((places.diff() != 1).nonzero().squeeze(1) + 1).tolist()] if places.numel() else []
-            runs = local.tensor_split(starts[1:]) if starts else []
-            self._runs[key] = list(zip(places[starts].tolist(), runs))
-        return self._runs[key]
+        if not self._runs:
+            self._find_runs(rows_of_a_piece(like))
+        return self._runs.get((piece.peer, piece.start), [])
+
+    def _find_runs(self, most: int) -> None:
+        """All at once, as sorting many small pieces takes longer: entries by piece and place; a run ends where either jumps."""
+        starts = [(peer, start) for peer, start, _ in self._cuts(most)]
+        first = torch.tensor([row for _, _, row in self._cuts(most)], dtype=torch.int64)
+        row = self.token_row[self.place]
+        piece = torch.searchsorted(first, row, right=True) - 1
+        order = (piece * self.token_row.numel() + self.place).argsort()
+        place, piece = self.place[order], piece[order]
+        local = row[order] - first[piece]
+        jumps = (place.diff() != 1) | (piece.diff() != 0)
+        at = torch.cat([jumps.new_ones(min(1, place.numel())), jumps]).nonzero().squeeze(1)
+        runs = local.tensor_split(at[1:].tolist()) if at.numel() else ()
+        for number, start, run in zip(piece[at].tolist(), place[at].tolist(), runs):
+            self._runs.setdefault(starts[number], []).append((start, run))
+
+    def _cuts(self, most: int) -> Iterator[tuple[int, int, int]]:
+        """(peer, first row of what came from it, first row of all) of every piece."""
+        first = 0
+        for peer, count in enumerate(self.received):
+            for start in range(0, count, most):
+                yield peer, start, first + start
+            first += count
 
     def _find_entries(self, most: int) -> None:
-        edges, first = [0], 0
-        for count in self.received:
-            edges += [*range(first, first + count, most), first + count]
-            first += count
+        edges = [0, sum(self.received), *(row for _, _, row in self._cuts(most))]
+        edges += [first + count for first, count in zip(accumulate([0, *self.received]), self.received)]
         before = torch.cat([self.counts.new_zeros(1), self.counts.cumsum(0)])
         self._entries = dict(zip(edges, before[torch.tensor(edges, device=before.device)].tolist()))
 

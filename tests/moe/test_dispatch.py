@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe import build_dispatcher
+from moe.dispatch import exchange
 from tests.moe.cases import Block, Case, H, apply_experts
 
 NAMES = ("allgather", "alltoall", "dedup", "hierarchical")
@@ -104,6 +105,36 @@ def token_ids_on_rank(rank: int, ep_group, etp_group, case: Case, name: str, opt
     assert sent.tokens.shape[0] == int(sent.tokens_per_expert.sum()) and sent.tokens_per_expert.dtype == torch.int64
     owner = torch.arange(d.local_experts).repeat_interleave(sent.tokens_per_expert) + d.first_expert
     return [(int(t), int(e), float(w)) for t, e, w in zip(sent.tokens[:, 0], owner, sent.weights.detach())]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_rows_in_many_pieces_equal_dense_experts(monkeypatch, name: str, rows: int) -> None:
+    monkeypatch.setitem(exchange.PIECE_BYTES, "cpu", rows * H * 8)
+    check(Case(4, 2, 16, 5, (17, 0, 3, 29, 2, 11, 1, 8), drop=0.2), name, align=4)
+    case = Case(4, 1, 16, 3, (23, 5, 0, 14))
+    check(case, name, **({"ranks_per_node": 2} if name == "hierarchical" else {}))
+
+
+@given(data=st.data())
+def test_every_row_leaves_once_and_meets_its_other_end(data) -> None:
+    world, most = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 4))
+    rows = [[data.draw(st.integers(0, 9)) for _ in range(world)] for _ in range(world)]  # of rank a for rank b
+    onwards = data.draw(st.booleans())
+    posted = {}
+    for rank in range(world):
+        arrive = [rows[other][rank] for other in range(world)]
+        for number, step in enumerate(exchange.plan_steps(rank, rows[rank], arrive, most, onwards=onwards)):
+            for piece, way in ((step.leaves, "leaves"), (step.arrives, "arrives")):
+                if piece is not None:
+                    pair = (rank, piece.peer) if way == "leaves" else (piece.peer, rank)
+                    posted.setdefault((way, *pair), []).append((number, piece.start, piece.stop))
+    for a in range(world):
+        for b in range(world):
+            there, here = posted.get(("leaves", a, b), []), posted.get(("arrives", a, b), [])
+            # the same pieces on both ends, in the same order, and together all rows
+            assert [piece[1:] for piece in there] == [piece[1:] for piece in here]
+            assert sum(stop - start for _, start, stop in there) == (0 if a == b else rows[a][b])
 
 
 @pytest.mark.parametrize("name", NAMES)
