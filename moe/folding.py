@@ -190,16 +190,9 @@ class Folding:
         return create_groups(self, group=group, backend=backend)
 
     def _mesh(self, known: tuple[str, ...], device_type: str, groups: FoldingGroups | None) -> DeviceMesh:
-        from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+        from moe.folding_groups import mesh_of
 
-        names = tuple(reversed(known))
-        sizes = tuple(getattr(self, name) for name in names)
-        if groups is None:
-            return init_device_mesh(device_type, sizes, mesh_dim_names=names)
-        if groups.folding != self:
-            raise ValueError(f"groups are those of {groups.folding}; give those of {self}")
-        ranks = torch.tensor(groups.ranks).view(sizes)
-        return DeviceMesh.from_group([groups[name] for name in names], device_type, ranks, mesh_dim_names=names)
+        return mesh_of(self, tuple(reversed(known)), device_type, groups)
 
     # -- all legal ones ----------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moe.folding import Folding
 from tokenring.transport import connect
@@ -61,6 +62,17 @@ def create_groups(folding: Folding, *, group: Any = None, backend: str | None = 
         made = {ranks: dist.new_group(list(ranks), backend=backend, use_local_synchronization=True) for ranks in mine}
     by_axes = {axes: made[next(s for s in _sets(folding, axes, everyone) if dist.get_rank() in s)] for axes in AXES}
     return FoldingGroups(folding, by_axes, tuple(everyone))
+
+
+def mesh_of(folding: Folding, names: tuple[str, ...], device_type: str, groups: FoldingGroups | None) -> DeviceMesh:
+    """A mapping as a DeviceMesh, its slowest axis first; over the groups given, or, collectively, with groups of its own."""
+    sizes = tuple(getattr(folding, name) for name in names)
+    if groups is None:
+        return init_device_mesh(device_type, sizes, mesh_dim_names=names)
+    if groups.folding != folding:
+        raise ValueError(f"groups are those of {groups.folding}; give those of {folding}")
+    ranks = torch.tensor(groups.ranks).view(sizes)
+    return DeviceMesh.from_group([groups[name] for name in names], device_type, ranks, mesh_dim_names=names)
 
 
 def _sets(folding: Folding, axes: str, everyone: list[int]) -> list[tuple[int, ...]]:
