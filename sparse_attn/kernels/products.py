@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from sparse_attn.folding import alike, prefixes
+from sparse_attn.folding import alike
 from sparse_attn.geometry import Geometry, Group
 from sparse_attn.kernels.state import AnchorState
 
@@ -35,17 +35,18 @@ def anchor_region(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, scale: fl
     As many key heads go side by side as there are threads, and groups alike where heads are fewer.
     """
     state, threads, kv_heads = AnchorState.unfilled(q, v.shape[3]), torch.get_num_threads(), k.shape[2]
-    scratch = _Scratch(q)
-    for groups in alike(geometry, geometry.rows * max(1, threads // kv_heads)):
-        rows, count = slice(groups[0].rows[0], groups[-1].rows[1]), len(groups)
+    memory, at_once = _Memory(q, k, v), max(1, threads // kv_heads)
+    for groups in alike(geometry, q.shape[1]):
+        rows = slice(groups[0].rows[0], groups[-1].rows[1])
         for entry in range(q.shape[0]):
-            ours = [_by_head(x[entry, rows], count, kv_heads) for x in (q, state.out)]
-            ours += [_by_head(x[entry, :, rows].T.unsqueeze(2), count, kv_heads).squeeze(4) for x in state[1:]]
-            for first in range(0, kv_heads, threads):
-                heads = slice(first, first + threads)
-                keys, values = (_region(x[entry : entry + 1, :, heads], groups) for x in (k, v))
-                mine, *targets = (x[:, heads] for x in ours)
-                _attend(scratch, scale, mine, keys, values, *targets)
+            ours = [_by_head(x[entry, rows], len(groups), kv_heads) for x in (q, state.out)]
+            ours += [_by_head(x[entry, :, rows].T.unsqueeze(2), len(groups), kv_heads).squeeze(4) for x in state[1:]]
+            for first in range(0, len(groups), at_once):
+                some = slice(first, first + at_once)
+                for head in range(0, kv_heads, threads):
+                    heads = slice(head, head + threads)
+                    region = memory.region(entry, heads, groups[some])
+                    _attend(memory, scale, *region, *(x[some, heads] for x in ours))
     return state
 
 
@@ -54,34 +55,24 @@ def _by_head(x: Tensor, groups: int, kv_heads: int) -> Tensor:
     return x.unflatten(1, (kv_heads, -1)).unflatten(0, (groups, -1)).permute(0, 2, 3, 1, 4)
 
 
-def _region(x: Tensor, groups: Sequence[Group]) -> Tensor:
-    """(groups * heads, keys, D): the prefixes of groups alike, each before the group's own keys."""
-    own = x[0, groups[0].diagonal : groups[-1].diagonal + groups[-1].count].unflatten(0, (len(groups), -1))
-    before = prefixes(x, groups) if groups[0].prefix else own[:, :0]
-    both = x.new_empty(len(groups), x.shape[2], before.shape[1] + own.shape[1], x.shape[3])
-    both[:, :, : before.shape[1]] = before.transpose(1, 2)
-    both[:, :, before.shape[1] :] = own.transpose(1, 2)
-    return both.flatten(0, 1)
-
-
 def _attend(
-    scratch: _Scratch, scale: float, q: Tensor, keys: Tensor, values: Tensor, out: Tensor, lse: Tensor, top: Tensor
+    memory: _Memory, scale: float, keys: Tensor, values: Tensor, q: Tensor, out: Tensor, lse: Tensor, top: Tensor
 ) -> None:
     """Rows (groups, heads, each, rows, D) against their region; out, lse and top of the same rows are filled."""
     each, count = q.shape[2:4]
     across, before = keys.mT, keys.shape[1] - count
     least = torch.empty_like(top, memory_format=torch.contiguous_format)
     for rows in _pieces(count, before, each):
-        height, width = rows.stop - rows.start, before + rows.stop
-        mine = q[:, :, :, rows].reshape(len(keys), each * height, -1)
-        scores, weights = scratch.pair(len(keys), each * height, width)
+        width = before + rows.stop
+        (scores, weights), (scores_by_row, weights_by_row), corner = memory.scratch(q.shape[:3], rows, width)
+        mine = q[:, :, :, rows].reshape(len(keys), scores.shape[1], -1)
         torch.baddbmm(scores, mine, across[:, :, :width], beta=0, alpha=scale, out=scores)
-        scores.unflatten(1, (each, height))[..., width - height :] += scratch.later(height)
+        corner += memory.later(corner.shape[-1])
         torch.softmax(scores, -1, out=weights)
-        found, shape = torch.bmm(weights, values[:, :width]), (*q.shape[:3], height)
-        out[:, :, :, rows] = found.view(*shape, -1)
-        top[..., rows] = scores.amax(-1).view(shape)
-        least[..., rows] = weights.amax(-1).view(shape)
+        found = torch.bmm(weights, values[:, :width])
+        out[:, :, :, rows] = found.view(*scores_by_row.shape[:4], -1)
+        torch.amax(scores_by_row, -1, out=top[..., rows])
+        torch.amax(weights_by_row, -1, out=least[..., rows])
     torch.sub(top, least.log_(), out=lse)
 
 
@@ -95,18 +86,47 @@ def _pieces(count: int, before: int, each: int) -> Iterator[slice]:
         first = last
 
 
-class _Scratch:
-    """Scores and weights of one piece, kept for the next."""
+class _Memory:
+    """What one piece and one region leave to the next: fresh memory costs page faults, fresh views a third of a piece's calls."""
 
-    def __init__(self, like: Tensor) -> None:
-        self.both = like.new_empty(0)
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self.sources, self.regions = (k, v), [x.new_empty(0) for x in (k, v)]
+        self.both = q.new_empty(0)
+        self.views: dict[tuple[int, ...], tuple] = {}
         self.masks: dict[int, Tensor] = {}
 
-    def pair(self, *shape: int) -> tuple[Tensor, Tensor]:
-        size = shape[0] * shape[1] * shape[2]
-        if self.both.numel() < 2 * size:
-            self.both = self.both.new_empty(2 * size)
-        return self.both[:size].view(shape), self.both[size : 2 * size].view(shape)
+    def region(self, entry: int, heads: slice, groups: Sequence[Group]) -> tuple[Tensor, ...]:
+        """Keys and values (groups * heads, n, D or Dv): the prefixes of groups alike, each before the group's own rows."""
+        return tuple(self._region(number, x[entry, :, heads], groups) for number, x in enumerate(self.sources))
+
+    def _region(self, number: int, x: Tensor, groups: Sequence[Group]) -> Tensor:
+        shape = len(groups), x.shape[1], groups[0].prefix_keys + groups[0].count, x.shape[2]
+        size = shape[0] * shape[1] * shape[2] * shape[3]
+        if self.regions[number].numel() < size:
+            self.regions[number] = x.new_empty(size)
+        held = self.regions[number][:size].view(shape)
+        for place, group in enumerate(groups):
+            at = 0
+            for a, b in (*group.prefix, (group.diagonal, group.diagonal + group.count)):
+                held[place, :, at : at + b - a] = x[a:b].transpose(0, 1)
+                at += b - a
+        return held.flatten(0, 1)
+
+    def scratch(
+        self, heads: Sequence[int], rows: slice, width: int
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
+        """Scores and weights of a piece (heads, each * rows, width), the same by row, and the scores' last square."""
+        height = rows.stop - rows.start
+        known = *heads, height, width
+        if known not in self.views:
+            stacked = heads[0] * heads[1], heads[2] * height, width
+            size = stacked[0] * stacked[1] * width
+            if self.both.numel() < 2 * size:
+                self.both, self.views = self.both.new_empty(2 * size), {}
+            pair = self.both[:size].view(stacked), self.both[size : 2 * size].view(stacked)
+            by_row = pair[0].view(known), pair[1].view(known)
+            self.views[known] = pair, by_row, by_row[0][..., width - height :]
+        return self.views[known]
 
     def later(self, rows: int) -> Tensor:
         """(rows, rows): 0 up to the diagonal and -inf past it."""
