@@ -25,9 +25,7 @@ from sparse_attn.stripes import StripePlan
 class Kernel(Protocol):
     """An executor of both passes; see `sparse_attn.kernels`."""
 
-    def anchor(
-        self, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, keep: Tensor | None, tops: bool
-    ) -> AnchorState:
+    def anchor(self, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, keep: Tensor | None) -> AnchorState:
         """Phase 1."""
 
     def stripes_(self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: StripePlan) -> None:
@@ -41,7 +39,6 @@ def pattern_based_anchor(
     v: Tensor,
     geometry: Geometry,
     keep: Tensor | None = None,
-    tops: bool = False,
 ) -> AnchorState:
     """Phase 1: out (B, Sq, Hq, Dv), lse and top (B, Hq, Sq) of each row's anchor region, float32 (float64 for float64).
 
@@ -49,9 +46,8 @@ def pattern_based_anchor(
         top_i = max over I and W_g of s_ij,   lse_i = log sum of exp(s_ij),   out_i = sum of exp(s_ij - lse_i) v_j
 
     `keep` joins further rows of k to the region, wherever they precede the group: visual tokens of a multimodal prompt.
-    `tops`: the caller will ask for top; a kernel may then go another way.
     """
-    return kernel.anchor(q, k, v, geometry, keep, tops)
+    return kernel.anchor(q, k, v, geometry, keep)
 
 
 def difference_aware_stripes(

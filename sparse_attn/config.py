@@ -70,11 +70,6 @@ class AnchorConfig:
         """The paper's setting (arXiv 2505.23520): block 128, step 16, theta 12, mean queries against the mean row maximum."""
         return cls(theta=12.0, block=128, step=16, identify="pooled", share="query", dense="never", scores="input")
 
-    @property
-    def needs_tops(self) -> bool:
-        """Whether identification asks for each row's largest score."""
-        return self.identify == "pooled"
-
     def thetas(self, q_heads: int) -> tuple[float, ...]:
         """One theta for each query head."""
         thetas = self.theta if isinstance(self.theta, tuple) else (self.theta,) * q_heads

@@ -148,7 +148,7 @@ def _shares(
     group = Group((0, rows), keys - rows, near, (block, edge), 0)
     local = LocalGeometry((((0, rows), (0, keys)),), geometry.block, geometry.step, block, window, (group,))
     kernel = TorchKernel(block_kernel("auto"), q, k, scale)
-    state = pattern_based_anchor(kernel, q, k, k, local, None, config.identify == "pooled")
+    state = pattern_based_anchor(kernel, q, k, k, local)
     shares = []
     for theta in thetas.tolist():
         kept = finder(q, k, state, local, replace(config, theta=theta), scale).kept(group, 0)

@@ -53,7 +53,7 @@ class Run:
                     return dense_attention(blocks, q, k, v, self.geometry)
             kernel = executor(self.kernel, q, v, self.scale)
             with self.stats.timed("anchor"):
-                state = pattern_based_anchor(kernel, q, k, v, self.geometry, self.keep, self.config.needs_tops)
+                state = pattern_based_anchor(kernel, q, k, v, self.geometry, self.keep)
             if self.plan is None:
                 with self.stats.timed("identify"):
                     self.plan = self._found(q, k, state)
@@ -68,9 +68,7 @@ class Run:
             if self.plan is not None:
                 return self.plan
             kernel = TorchKernel(block_kernel(self.kernel), q, k, self.scale)
-            return self._found(
-                q, k, pattern_based_anchor(kernel, q, k, k, self.geometry, self.keep, self.config.needs_tops)
-            )
+            return self._found(q, k, pattern_based_anchor(kernel, q, k, k, self.geometry, self.keep))
 
     def _found(self, q: Tensor, k: Tensor, state: AnchorState) -> StripePlan:
         plan = difference_aware_stripes(q, k, state, self.geometry, self.config, self.scale, self.keep)
@@ -95,7 +93,7 @@ class Run:
         rows, keys = slice(*group.rows), k[:1].index_select(1, sampled_keys(geometry, group, k.device))
         alone = replace(geometry, documents=(((0, group.count), (0, keys.shape[1])),))
         kernel = TorchKernel(block_kernel(self.kernel), q, k, self.scale)
-        state = kernel.anchor(q[:1, rows], keys, keys, alone, None, self.config.needs_tops)
+        state = kernel.anchor(q[:1, rows], keys, keys, alone, None)
         searching = finder(q[:1, rows], keys, state, alone, self.config, self.scale)
         kept, passed = searching.kept(alone.groups[0], 0), searching.passed(alone.groups[0], 0)
         return float(kept.double().mean()), float(passed.double().mean())

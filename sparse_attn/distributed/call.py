@@ -86,7 +86,7 @@ class Call:
             keep = torch.arange(first, geometry.keys, device=k.device) if geometry.keys > first else None
             near = self._near(wire, k, v, shape[1])
             with self.stats.timed("anchor"):
-                state = pattern_based_anchor(kernel, q, *near, geometry, keep, self.config.needs_tops)
+                state = pattern_based_anchor(kernel, q, *near, geometry, keep)
                 out, lse, _ = state
             with self.stats.timed("identify"):
                 summary = self._summary(q, k, near[0], state, geometry, keep)

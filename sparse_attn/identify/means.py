@@ -53,13 +53,24 @@ class MeanFinder:
         return self.ahead.of(group, entry, at_once, lambda groups: self._margins(groups, entry))
 
     def _margins(self, groups: list[Group], entry: int) -> list[Tensor]:
-        means, anchors = (torch.stack(x, 1) for x in zip(*(self.pooled(g, entry) for g in groups)))
+        means, anchors = self._pooled_together(groups, entry)
         keys, counts = (
             self.k[entry, groups[0].candidates[0] : groups[-1].candidates[1]],
             [g.candidate_keys for g in groups],
         )
         found = group_maxima(means.to(keys.dtype), anchors, keys, counts)
         return [found[:, n, :count] for n, count in enumerate(counts)]
+
+    def _pooled_together(self, groups: list[Group], entry: int) -> tuple[Tensor, Tensor]:
+        """Scaled mean queries (Hq, groups, blocks, D) and anchors (Hq, groups, blocks)."""
+        block, first = self.geometry.block, groups[0]
+        if len(groups) == 1 or first.count % block:
+            means, anchors = zip(*(self.pooled(group, entry) for group in groups))
+            return torch.stack(means, 1), torch.stack(anchors, 1)
+        # Whole groups that follow one another: their blocks are cut in one go.
+        rows, shape = slice(first.rows[0], groups[-1].rows[1]), (len(groups), -1, block)
+        means = self.q[entry, rows].to(self.anchor.dtype).unflatten(0, shape).mean(2) * self.scale
+        return means.permute(2, 0, 1, 3), self.anchor[entry, :, rows].unflatten(1, shape).mean(3)
 
     def pooled(self, group: Group, entry: int) -> tuple[Tensor, Tensor]:
         """Scaled mean queries (Hq, blocks, D) and anchors (Hq, blocks)."""

@@ -1,7 +1,7 @@
 """Phase 1 on plain matrix products, a piece at a time that stays in a core's cache.
 
-As quick as torch's flash operator for CPUs on regions so short, and it knows each row's largest score, the paper's anchor, which
-the operator keeps to itself:
+As quick as torch's flash operator for CPUs on regions so short, quicker where query heads share keys, and it knows each row's
+largest score, the paper's anchor, which the operator keeps to itself:
 
     S = scale * q k^T over the region's keys up to the piece's last row
     top = max S,    P = softmax S,    out = P v,    lse = top - log max P        the largest weight is exp(0) / sum

@@ -25,13 +25,9 @@ class TorchKernel:
         self.blocks = Blocks.of(name, q, v, scale)
         self.by_products = name == "auto"
 
-    def anchor(
-        self, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, keep: Tensor | None, tops: bool = False
-    ) -> AnchorState:
-        """Exact attention of every row over its anchor region. Products are quicker where top is wanted too, or where the query
-        heads of a key head make them taller.
-        """
-        if self.by_products and products.takes(q) and (tops or q.shape[2] > k.shape[2]):
+    def anchor(self, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, keep: Tensor | None) -> AnchorState:
+        """Exact attention of every row over its anchor region."""
+        if self.by_products and products.takes(q):
             state = products.anchor_region(q, k, v, geometry, self.blocks.scale)
         else:
             state = self._anchor_in_blocks(q, k, v, geometry)
