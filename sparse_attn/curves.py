@@ -110,7 +110,7 @@ def _columns(
     sizes = g.block, g.step, g.initial, g.window
     alone = LocalGeometry((((0, group.count), (0, k.shape[1])),), *sizes, (near,))
     kernel = TorchKernel(block_kernel("auto"), q, k, scale)
-    state = pattern_based_anchor(kernel, q, k, k, alone, None, config.identify == "pooled")
+    state = pattern_based_anchor(kernel, q, k, k, alone)
     lse = state.lse
     needed, exact = _from_finder(q, k, state, alone, near, config, scale), config.identify in ("every", "rescore")
     each = q.shape[2] // k.shape[2]
