@@ -34,7 +34,7 @@ from token_reduction import Budget, build, methods, show
 
 BASELINES = ("identity", "uniform", "random", "pool", "downsample")
 MARKS = ("<!-- token_reduction -->", "<!-- /token_reduction -->")
-TEXT_FRAMES, TEXT_RATIO = 8, 0.25
+TEXT_FRAMES, TEXT_RATIO = 5, 0.25
 RUN = Path(__file__).parent / "results" / "token_reduction_run.json"
 
 
@@ -120,7 +120,11 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         )
     if options.pictures:
         pictures(options.pictures, model, clips, names, budget)
-    add_text(rows, model, clips[0].frames)
+    if options.words:
+        known = {row["method"]: row for row in json.loads(options.words.read_text())["words"]}
+        rows = [row | known[row["method"]] for row in rows]
+    else:
+        add_text(rows, model, clips[0].frames)
     result = about() | {"clips": list(CLIPS), "frames": options.frames, "ratio": options.ratio}
     return result | {"text_ratio": TEXT_RATIO, "prefill_seconds": [full, few], "rows": rows, "published": published()}
 
@@ -129,6 +133,13 @@ def prefills_of(run: dict[str, Any]) -> tuple[float, float]:
     """Median seconds of a prefill with everything and with a tenth kept, from the figures of `--run`."""
     few = [seen["prefill"] for row in run["rows"] for seen in row["runs"]]
     return statistics.median(run["full_prefill_seconds"]), statistics.median(few)
+
+
+def words(options: argparse.Namespace) -> dict[str, Any]:
+    """Text survival alone, for a table made elsewhere at the same time."""
+    model, rows = vit(), [{"method": name} for name in methods()]
+    add_text(rows, model, clip(model, CLIPS[0], options.frames, 0).frames)
+    return about() | {"words": rows}
 
 
 def about() -> dict[str, Any]:
@@ -155,6 +166,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--readme", type=Path)
     parser.add_argument("--pictures", type=Path)
+    parser.add_argument("--only-words", action="store_true", help="the OCR column alone, for --words")
+    parser.add_argument("--words", type=Path, metavar="FILE", help="take the OCR column from a file of --only-words")
     parser.add_argument("--scale", action="store_true")
     parser.add_argument("--hour", nargs="*", metavar="METHOD")
     parser.add_argument("--hour-frames", type=int, default=scale.HOUR)
@@ -177,6 +190,8 @@ def main() -> None:
             "prefill_seconds": prefills,
             "selections": scale.selections(names, prefills),
         }
+    elif options.only_words:
+        result = words(options)
     else:
         result = evaluate(options)
         text = table(result)

@@ -48,10 +48,10 @@ def clip(model: encoder.ViT, name: str, frames: int, queries: int, seed: int = 0
     pictures = _read(name, frames)
     chance = torch.Generator().manual_seed(seed)
     answers = torch.randint(frames, (queries,), generator=chance)
-    asked = torch.cat([model(_crop(pictures[t], chance)[None], ())["x"] for t in answers])
+    asked = [model(_crop(pictures[t], chance)[None], ())["x"] for t in answers]
     loud = model(_crop(pictures[frames // 2], chance)[None], ("cls_attn",))
     text = loud["x"][0][loud["cls_attn"][0, :, -1].topk(8).indices]
-    return Clip(name, pictures, tokens_of(model, pictures, text), asked, answers)
+    return Clip(name, pictures, tokens_of(model, pictures, text), torch.cat(asked) if asked else answers, answers)
 
 
 def read_every(name: str, stride: int, count: int) -> Tensor:
