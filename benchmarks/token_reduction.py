@@ -34,7 +34,7 @@ from token_reduction import Budget, build, methods, show
 
 BASELINES = ("identity", "uniform", "random", "pool", "downsample")
 MARKS = ("<!-- token_reduction -->", "<!-- /token_reduction -->")
-TEXT_FRAMES, TEXT_RATIO = 5, 0.25
+TEXT_RATIO = 0.25
 RUN = Path(__file__).parent / "results" / "token_reduction_run.json"
 
 
@@ -55,13 +55,15 @@ def measure(name: str, clips: list[Clip], budget: Budget, saved: float) -> dict[
 
 def add_text(rows: list[dict[str, Any]], model: Any, frames: Any) -> None:
     """Text survival of every method at a quarter of the tokens, on frames with words."""
-    pictures, words, cells = written(frames[:TEXT_FRAMES])
+    pictures, words, cells = written(frames)
     small = torch.nn.functional.interpolate(pictures.permute(0, 3, 1, 2).float(), frames.shape[1:3], mode="area")
     tokens, read = tokens_of(model, small.permute(0, 2, 3, 1).round().byte()), ocr()
     for row in rows:
         name = row["method"]
         share = Budget.ratio(1.0 if name == "identity" else TEXT_RATIO)
-        row |= text_survival(pictures, words, cells, tokens, build(name).reduce(tokens, share), read)
+        row |= {"words": 4 * len(frames)} | text_survival(
+            pictures, words, cells, tokens, build(name).reduce(tokens, share), read
+        )
         print(f"{name:18} words read {row['words_read']}", file=sys.stderr, flush=True)
 
 
@@ -87,7 +89,8 @@ def table(result: dict[str, Any]) -> str:
             f"| {name} | {', '.join(r['needs']) or '-'} | {r['coverage']:.4f} | {r['nearest_kept']:.4f} | {r['attention_mass']:.3f} | "
             f"{r['retrieval']:.2f} | {words} | {r['seconds']:.2f} | {spent} |"
         )
-    what = f"{', '.join(result['clips'])}: {result['frames']} frames each, {100 * result['ratio']:g}% kept (words: {100 * TEXT_RATIO:g}%)"
+    text = f"words: {100 * TEXT_RATIO:g}% kept, {result['rows'][0]['words']} words"
+    what = f"{', '.join(result['clips'])}: {result['frames']} frames each, {100 * result['ratio']:g}% kept ({text})"
     on = f"{result['hardware']['cpu']}, {result['threads']} thread"
     return "\n".join([*lines, "", f"Measured: {what}, means over clips; {on}; commit {result['commit']}."])
 
@@ -124,7 +127,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         known = {row["method"]: row for row in json.loads(options.words.read_text())["words"]}
         rows = [row | known[row["method"]] for row in rows]
     else:
-        add_text(rows, model, clips[0].frames)
+        add_text(rows, model, clips[0].frames[: options.text_frames])
     result = about() | {"clips": list(CLIPS), "frames": options.frames, "ratio": options.ratio}
     return result | {"text_ratio": TEXT_RATIO, "prefill_seconds": [full, few], "rows": rows, "published": published()}
 
@@ -138,7 +141,7 @@ def prefills_of(run: dict[str, Any]) -> tuple[float, float]:
 def words(options: argparse.Namespace) -> dict[str, Any]:
     """Text survival alone, for a table made elsewhere at the same time."""
     model, rows = vit(), [{"method": name} for name in methods()]
-    add_text(rows, model, clip(model, CLIPS[0], options.frames, 0).frames)
+    add_text(rows, model, clip(model, CLIPS[0], options.frames, 0).frames[: options.text_frames])
     return about() | {"words": rows}
 
 
@@ -166,6 +169,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--readme", type=Path)
     parser.add_argument("--pictures", type=Path)
+    parser.add_argument("--text-frames", type=int, default=8, help="frames with four words each for the OCR column")
     parser.add_argument("--only-words", action="store_true", help="the OCR column alone, for --words")
     parser.add_argument("--words", type=Path, metavar="FILE", help="take the OCR column from a file of --only-words")
     parser.add_argument("--scale", action="store_true")
