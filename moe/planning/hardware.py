@@ -108,6 +108,9 @@ class Hardware:
         >>> Hardware.load("h100").but(between_gbytes_per_s=100).between_gbytes_per_s
         100
         """
+        names = [field.name for field in fields(self)]
+        if unknown := sorted(set(changes) - set(names)):
+            raise ValueError(f"Hardware has no {unknown[0]!r}; give one of {', '.join(names)}")
         return replace(self, **changes)
 
     def peak(self, precision: str) -> float:

@@ -209,3 +209,8 @@ def test_a_model_that_fits_nowhere_is_said_so() -> None:
         _ = found.best
     with pytest.raises(ValueError, match="world is 0"):
         search("mixtral-8x7b", 0, global_batch=8)
+
+
+def test_a_number_that_hardware_does_not_have_is_named() -> None:
+    with pytest.raises(ValueError, match="Hardware has no 'nvlink'; give one of name"):
+        H100.but(nvlink=900)
