@@ -71,7 +71,7 @@ class AnchorSection(Section):
 
     section: ClassVar[str] = "anchor"
 
-    theta: float = option("--anchor-theta", 2.0)
+    theta: float = option("--anchor-theta", 6.0)
     """A column of keys is kept where anchor - score <= theta for a row that counts; larger keeps more, .inf all (dense)."""
     density: float | None = option("--anchor-density", None)
     """Instead of theta: the share of causal pairs to compute, from which each layer's theta is estimated."""

@@ -20,7 +20,7 @@ class AnchorConfig:
     AnchorConfig(theta=12.0, block=128, step=16, identify='pooled', share='query', dense='never', box=32, reach=0.25, scores='input')
     """
 
-    theta: float | tuple[float, ...] = 2.0
+    theta: float | tuple[float, ...] = 6.0
     """A column is kept where anchor - score <= theta for a row that counts, natural-log units; larger keeps more. One number,
     or one for each query head. Infinity keeps every column, -infinity none. Its useful values depend on `identify`."""
     block: int | str = "auto"
