@@ -22,7 +22,9 @@ def test_ranks_on_one_device_are_set_beside_one_call() -> None:
 
 def test_processes_on_a_cpu_are_set_beside_peers() -> None:
     command = [sys.executable, "-m", "benchmarks.attention_cpu", "--lengths", "64", "--turns", "1"]
-    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout
     assert "64 causal, 2 ranks" in shown and "64 full, 2 ranks" in shown
     for name in ("single", "tokenring, auto", "torch ring"):
         assert any(line.startswith(f"  {name}  ") and "of ideal" in line for line in shown.splitlines()), name

@@ -35,7 +35,7 @@ def choose(kernel: str, q: torch.Tensor, v: torch.Tensor, softcap: float | None)
     >>> choose("auto", q, q, None).name, choose("auto", q, q, 30.0).name
     ('cpu_flash', 'reference')
     """
-    on_cpu = kernel == "auto" and not q.is_cuda
+    on_cpu = kernel == "auto" and q.device.type == "cpu"
     by_name = {k.name: k for k in (KERNELS if on_cpu else (*GPU_KERNELS, *KERNELS))}
     if kernel != "auto" and kernel not in by_name and kernel not in FAMILIES:
         of_gpus = ", ".join((*FAMILIES, *(k.name for k in GPU_KERNELS)))
