@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,7 @@ import torch
 
 from launch import pipeline
 from launch.config import (
-    AttentionConfig,
-    EngineConfig,
-    GenerateConfig,
     ModelConfig,
-    OutputConfig,
     ReduceConfig,
     RunConfig,
     VideoConfig,
@@ -31,7 +27,7 @@ from launch.progress import Log
 from launch.records import RankRecord, merge, verified
 from launch.report import as_text
 from launch.watch import Windows, jobs
-from tests.launch import tiny_models
+from tests.launch import runs, tiny_models
 from tests.launch.drift import make_clip
 from tests.pool import Pool
 from token_reduction import Budget, build, methods
@@ -50,20 +46,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {family: str(maker(tmp_path_factory.mktemp(family))) for family, maker in tiny_models.MAKERS.items()}
 
 
-def config_of(clip: Path, model: str, world: int, **changes: Any) -> RunConfig:
-    sections: dict[str, dict[str, Any]] = defaultdict(dict)
-    for name, value in changes.items():
-        section, _, field = name.partition("__")
-        sections[section][field] = value
-    return RunConfig(
-        video=VideoConfig(paths=(str(clip),), **sections["video"]),
-        model=ModelConfig(source=model),
-        reduce=ReduceConfig(**{"spec": "divprune:0.5", "window": 8, **sections["reduce"]}),
-        attention=AttentionConfig(**sections["attention"]),
-        generate=GenerateConfig(**{"max_new_tokens": 5, **sections["generate"]}),
-        engine=EngineConfig(nproc=world, device="cpu"),
-        output=OutputConfig(**{"verify": True, **sections["output"]}),
-    )
+config_of = partial(runs.config_of, reduce__spec="divprune:0.5", reduce__window=8, generate__max_new_tokens=5)
 
 
 def run_rank(group: Any, config: RunConfig) -> RankRecord:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,7 @@ from launch import pipeline
 from launch.config import (
     AnchorSection,
     AttentionConfig,
-    EngineConfig,
-    GenerateConfig,
-    ModelConfig,
-    MoEConfig,
-    OutputConfig,
-    ReduceConfig,
     RunConfig,
-    VideoConfig,
 )
 from launch.errors import ConfigError
 from launch.models.demo import DemoAdapter
@@ -32,7 +25,7 @@ from launch.progress import Log
 from launch.records import RankRecord, merge, verified
 from launch.report import as_text
 from sparse_attn import AnchorConfig, TunedConfig
-from tests.launch import tiny_models
+from tests.launch import runs, tiny_models
 from tests.launch.drift import make_clip
 from tests.pool import Pool
 
@@ -52,22 +45,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {family: str(maker(tmp_path_factory.mktemp(family))) for family, maker in tiny_models.MAKERS.items()}
 
 
-def config_of(clip: Path, model: str, world: int, **changes: Any) -> RunConfig:
-    sections: dict[str, dict[str, Any]] = defaultdict(dict)
-    for name, value in changes.items():
-        section, _, field = name.partition("__")
-        sections[section][field] = value
-    return RunConfig(
-        video=VideoConfig(paths=(str(clip),)),
-        model=ModelConfig(source=model),
-        reduce=ReduceConfig(**{"spec": "uniform:0.5", "window": 8, **sections["reduce"]}),
-        attention=AttentionConfig(**{"kind": "anchor", **sections["attention"]}),
-        anchor=AnchorSection(**sections["anchor"]),
-        moe=MoEConfig(**sections["moe"]),
-        generate=GenerateConfig(max_new_tokens=4, **sections["generate"]),
-        engine=EngineConfig(nproc=world, device="cpu"),
-        output=OutputConfig(**{"verify": True, **sections["output"]}),
-    )
+config_of = partial(
+    runs.config_of, reduce__spec="uniform:0.5", reduce__window=8, attention__kind="anchor", generate__max_new_tokens=4
+)
 
 
 def small(**changes: Any) -> dict[str, Any]:

@@ -99,6 +99,20 @@ def qwen25(folder):
     return save(folder, Qwen2_5_VLForConditionalGeneration(config), words, {"patch_size": 8, "size": SIZE})
 
 
+QWEN3_VISION = {
+    "depth": 3,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "patch_size": 8,
+    "out_hidden_size": 48,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0, 1],
+    "initializer_range": 0.2,
+}
+QWEN3_SIZE = {"shortest_edge": 16 * 16 * 4, "longest_edge": 16 * 16 * 60}
+
+
 def qwen3(folder):
     words = tokenizer("<|vision_start|><|video_pad|><|vision_end|>")
     config = Qwen3VLConfig(
@@ -107,21 +121,10 @@ def qwen3(folder):
             "head_dim": 8,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
         },
-        vision_config={
-            "depth": 3,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "patch_size": 8,
-            "out_hidden_size": 48,
-            "num_position_embeddings": 16,
-            "deepstack_visual_indexes": [0, 1],
-            "initializer_range": 0.2,
-        },
+        vision_config=QWEN3_VISION,
         **token_ids(),
     )
-    size = {"shortest_edge": 16 * 16 * 4, "longest_edge": 16 * 16 * 60}
-    return save(folder, Qwen3VLForConditionalGeneration(config), words, {"patch_size": 8, "size": size})
+    return save(folder, Qwen3VLForConditionalGeneration(config), words, {"patch_size": 8, "size": QWEN3_SIZE})
 
 
 def llava(folder, text=None):
@@ -165,21 +168,10 @@ def qwen3_vl_moe(folder):
     sizes = {"num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [1]}
     config = Qwen3VLMoeConfig(
         text_config={**TEXT, "head_dim": 8, "rope_parameters": rope, **sizes},
-        vision_config={
-            "depth": 3,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "patch_size": 8,
-            "out_hidden_size": 48,
-            "num_position_embeddings": 16,
-            "deepstack_visual_indexes": [0, 1],
-            "initializer_range": 0.2,
-        },
+        vision_config=QWEN3_VISION,
         **token_ids(),
     )
-    size = {"shortest_edge": 16 * 16 * 4, "longest_edge": 16 * 16 * 60}
-    return save(folder, Qwen3VLMoeForConditionalGeneration(config), words, {"patch_size": 8, "size": size})
+    return save(folder, Qwen3VLMoeForConditionalGeneration(config), words, {"patch_size": 8, "size": QWEN3_SIZE})
 
 
 def llava_moe(folder):
