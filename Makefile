@@ -11,6 +11,8 @@ NPROC ?= 4
 CLIP ?= clip:bigbuckbunny
 FRAMES ?= 32
 OUT ?= runs/demo
+# Processes that share the test files; each keeps a pool of eight ranks.
+JOBS ?= 2
 
 .PHONY: setup test video lint clean
 
@@ -25,7 +27,7 @@ $(STAMP): constraints.txt demo-assets.txt setup.py pyproject.toml
 	touch $(STAMP)
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 video: setup
 	$(BIN)/tokenring run $(CLIP) --frames $(FRAMES) --nproc $(NPROC) --schedule tokenring --verify --out $(OUT) --overwrite

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 HEADS, HEAD_DIM = 8, 64
 SMALLEST_ROWS, LARGEST_ROWS = 16, 8192
 REPEATS = 3
+CALLS = 4
+"""A tile whose flops are timed lasts at least this many times as long as one that has next to none."""
 MANY = 17
 ECHOES = 15
 SMALLEST_MESSAGE, LARGEST_MESSAGE = 1 << 16, 1 << 26
@@ -59,9 +61,10 @@ def synchronize(device: torch.device) -> None:
 
 def _compute_rate(runtime: Transport, agreed: Agreed, dtype: torch.dtype, share: float) -> ComputeRate:
     fixed = [agreed(x) for x in _attention_seconds(runtime.device, dtype, SMALLEST_ROWS)]
-    rows = SMALLEST_ROWS
-    while rows < LARGEST_ROWS and agreed(sum(_attention_seconds(runtime.device, dtype, rows, repeats=1))) < share / 12:
+    rows, lasts = SMALLEST_ROWS, 0.0
+    while rows < LARGEST_ROWS and lasts < max(share / 12, CALLS * sum(fixed)):  # a rate of calls would be none of flops
         rows *= 2
+        lasts = agreed(sum(_attention_seconds(runtime.device, dtype, rows, repeats=1)))
     agreed(0.0)
     seconds = _attention_seconds(runtime.device, dtype, rows)
     flops = 2 * rows**2 * HEADS * HEAD_DIM
