@@ -31,6 +31,6 @@ def test_example(name: str, ranks: int, said: str, tmp_path: Path) -> None:
         "--log-dir",
         str(tmp_path),
     ]
-    done = subprocess.run([*torchrun, str(EXAMPLES / f"{name}.py")], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*torchrun, str(EXAMPLES / f"{name}.py")], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert said in done.stdout

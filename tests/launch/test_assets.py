@@ -67,7 +67,7 @@ def test_processes_that_ask_together_convert_once(tmp_path) -> None:
     for child in children:
         child.stdin.write("go\n")
         child.stdin.flush()
-    folders = {child.communicate(timeout=60)[0].strip() for child in children}
+    folders = {child.communicate(timeout=600)[0].strip() for child in children}
     assert [child.returncode for child in children] == [0] * 5
     assert (tmp_path / "calls").read_text() == "x" and len(folders) == 1
 

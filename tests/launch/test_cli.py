@@ -264,7 +264,7 @@ def test_an_outside_torchrun_of_two_nodes_makes_the_command_a_rank(tmp_path):
         )
         for node in range(2)
     ]
-    (first, error), (second, _) = [node.communicate(timeout=120) for node in nodes]
+    (first, error), (second, _) = [node.communicate(timeout=600) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], error
     report = json.loads(first)
     assert second == ""
@@ -283,7 +283,7 @@ def test_an_outside_mpirun_makes_the_command_a_rank_and_names_who_failed():
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode != 0
     assert done.stdout.strip() == ""

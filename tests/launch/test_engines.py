@@ -112,7 +112,7 @@ def test_ray_runs_on_a_given_cluster_and_leaves_it_usable(cluster, tmp_path):
     assert "no room for bundle 3 (1 CPU) of 4" in full.failure.line
     assert "3 CPU free" in full.failure.line
 
-    late = start("ray", "hangs", 2, tmp_path / "d", ray_address=address, timeout_seconds=12.0)
+    late = start("ray", "hangs", 2, tmp_path / "d", ray_address=address, timeout_seconds=20.0)
     assert "stopped in stage 'forever'" in late.failure.line
     assert (tmp_path / "d" / "logs" / "rank-1.log").exists()
     assert list(temporary.glob("tokenring-rank-*")) == []

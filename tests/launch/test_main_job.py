@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "launch", *arguments], capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, "-m", "launch", *arguments], capture_output=True, text=True, timeout=600)
 
 
 def main_job(*settings: str) -> list[str]:
