@@ -5,20 +5,20 @@ A schedule is data: `plan` builds it, `attention` runs it, `Plan.check`, `bytes_
 
 from tokenring.agreement import AgreementError, prepare
 from tokenring.api import attention
-from tokenring.cache import KVCache
+from tokenring.caching.cache import KVCache
+from tokenring.caching.decode import decode_attention
 from tokenring.checkpoint import attention_operators, save_attention
-from tokenring.decode import decode_attention
-from tokenring.inprocess import run_local
 from tokenring.layout import Layout
 from tokenring.loss import cross_entropy
 from tokenring.mask import Mask
-from tokenring.plan import Plan
 from tokenring.planning import plan
-from tokenring.shape import AttentionShape
+from tokenring.plans.plan import Plan
+from tokenring.plans.shape import AttentionShape
+from tokenring.plans.spec import plan_tensor
 from tokenring.simulation.timeline import Timeline
-from tokenring.spec import plan_tensor
 from tokenring.topology import Topology
 from tokenring.transport import Event, Trace, Traffic, TransportError, connect, count_traffic, trace
+from tokenring.transport.inprocess import run_local
 
 __all__ = [
     "AgreementError",

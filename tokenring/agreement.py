@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any
 
-from tokenring.plan import Plan
+from tokenring.plans.plan import Plan
 from tokenring.transport import HEADER_BYTES, Transport, TransportError, connect
 
 VERSION = 2

@@ -14,7 +14,7 @@ from tokenring.call import Call
 from tokenring.layout import Layout
 from tokenring.mask import Mask
 from tokenring.operators import group_name, plain, spec_text
-from tokenring.plan import Plan
+from tokenring.plans.plan import Plan
 from tokenring.transport import Transport, connect
 
 if TYPE_CHECKING:

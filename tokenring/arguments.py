@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokenring.layout import Layout
 from tokenring.mask import Mask
-from tokenring.plan import Plan
+from tokenring.plans.plan import Plan
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

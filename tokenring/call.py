@@ -24,9 +24,9 @@ from tokenring.choose import check_name, choose_plan
 from tokenring.layout import Layout
 from tokenring.mask import Mask
 from tokenring.merge import accumulator_dtype, merge_sinks_
-from tokenring.plan import Plan
 from tokenring.planning import plan_for
-from tokenring.spec import plan_of_tensor
+from tokenring.plans.plan import Plan
+from tokenring.plans.spec import plan_of_tensor
 from tokenring.transport import Transport
 from tokenring.work import BackwardWork, ForwardWork, Options
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from tokenring.merge import accumulator_dtype
-from tokenring.plan import Plan
-from tokenring.problem import Problem
+from tokenring.plans.plan import Plan
+from tokenring.plans.problem import Problem
+from tokenring.plans.shape import AttentionShape
+from tokenring.plans.step import Step, Transfer
 from tokenring.schedules import builder
-from tokenring.shape import AttentionShape
-from tokenring.step import Step, Transfer
 
 if TYPE_CHECKING:
     from tokenring.topology import Topology

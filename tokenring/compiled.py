@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from tokenring import operators
-from tokenring.spec import KINDS, to_text
+from tokenring.plans.spec import KINDS, to_text
 
 if not hasattr(pytree, "register_constant"):
     raise ImportError(

@@ -1,4 +1,4 @@
-"""Runs a plan on one rank, forward or backward: operation by operation, in the order of `program.py`.
+"""Runs a plan on one rank, forward or backward: operation by operation, in the order of `plans/program.py`.
 
 It knows slots, lanes and verbs, and no schedule by name. Receives always precede the sends of their step, because on a shared
 connection a receive's ready message would queue behind bulk data.
@@ -12,10 +12,10 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from tokenring.plan import Plan
-from tokenring.program import Operation
+from tokenring.plans.plan import Plan
+from tokenring.plans.program import Operation
+from tokenring.plans.step import Compute, Piece, Slot, Sum, Transfer
 from tokenring.segments import Range
-from tokenring.step import Compute, Piece, Slot, Sum, Transfer
 from tokenring.transport import Event, Message, Transport
 from tokenring.work import HEAD_DIMS, ROW_DIMS, Tensors, Work
 

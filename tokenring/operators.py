@@ -22,7 +22,7 @@ from tokenring import call as calls
 from tokenring.arguments import check_tensors
 from tokenring.call import Call
 from tokenring.merge import accumulator_dtype
-from tokenring.spec import KINDS, layout_of, mask_of, plan_of, to_text, topology_of
+from tokenring.plans.spec import KINDS, layout_of, mask_of, plan_of, to_text, topology_of
 from tokenring.transport import Transport, connect
 
 _OPTIONS = "Tensor? sinks, Tensor? plan, str group, str spec, float? scale, float? softcap"

@@ -11,9 +11,9 @@ from tokenring.arguments import check_mask, wire_dtype
 from tokenring.choose import choose_plan
 from tokenring.layout import Layout
 from tokenring.mask import Mask
-from tokenring.plan import Plan
-from tokenring.problem import Problem
-from tokenring.shape import AttentionShape
+from tokenring.plans.plan import Plan
+from tokenring.plans.problem import Problem
+from tokenring.plans.shape import AttentionShape
 from tokenring.transport import Transport
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from tokenring.kernels.base import BlockKernel
 from tokenring.merge import accumulator_dtype, merge_
+from tokenring.plans.step import Slot
 from tokenring.segments import Range, Tile
-from tokenring.step import Slot
 
 Tensors = tuple[Tensor, ...]
 Part = tuple[Sequence[Range], Tensors]

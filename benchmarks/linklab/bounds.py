@@ -16,7 +16,7 @@ from functools import lru_cache
 
 import tokenring as tr
 from benchmarks.linklab.wiring import Link, Wiring
-from tokenring.step import Transfer
+from tokenring.plans.step import Transfer
 
 Job = tuple[float, float, float]
 """Head, duration and tail of one transfer on one link, in seconds."""

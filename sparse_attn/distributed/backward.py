@@ -20,7 +20,7 @@ from sparse_attn.kernels.blocks import Blocks
 from sparse_attn.kernels.choice import block_kernel
 from tokenring import Plan
 from tokenring.agreement import agree
-from tokenring.step import AHEAD_LANE
+from tokenring.plans.step import AHEAD_LANE
 
 
 def backward(call: Call, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, do: Tensor) -> Gradients:

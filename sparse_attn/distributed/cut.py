@@ -23,8 +23,8 @@ from torch import Tensor
 
 from sparse_attn.geometry import Geometry, Group
 from tokenring import Layout
+from tokenring.plans.step import Piece
 from tokenring.segments import Range, union
-from tokenring.step import Piece
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from sparse_attn.distributed.cut import Cut
 from tokenring import AttentionShape, Layout, Mask, Plan, executor
-from tokenring.problem import Problem
+from tokenring.plans.problem import Problem
+from tokenring.plans.step import PAYLOAD_LANE, Piece, Slot, Step, Transfer
 from tokenring.segments import Range, Segment, Tile
-from tokenring.step import PAYLOAD_LANE, Piece, Slot, Step, Transfer
 from tokenring.transport import Transport
 from tokenring.work import Part, Tensors, Work
 

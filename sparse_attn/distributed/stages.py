@@ -22,7 +22,7 @@ from sparse_attn.distributed.lists import BITS, Wanted
 from sparse_attn.distributed.local import stacks
 from sparse_attn.distributed.owner import joined
 from sparse_attn.identify.products import column_maximum, test_dtype, with_anchor, with_ones
-from tokenring.step import AHEAD_LANE
+from tokenring.plans.step import AHEAD_LANE
 
 Stop = Callable[[list[Tensor], list[Tensor]], bool]
 """From the lines of this rank's rows before and after the last test: whether plain attention is to run. Collective."""

@@ -77,7 +77,7 @@ class Block:
     """The in-process groups of an EP x ETP block, one pair for each rank."""
 
     def __init__(self, ep: int, etp: int) -> None:
-        from tokenring.inprocess import LocalWorld
+        from tokenring.transport.inprocess import LocalWorld
 
         over_ep = [LocalWorld(ep).groups() for _ in range(etp)]
         over_etp = [LocalWorld(etp).groups() for _ in range(ep)]
@@ -85,6 +85,6 @@ class Block:
 
     def run(self, function, *args) -> list:
         """`function(rank, ep_group, etp_group, *args)` on every rank, each a thread; the first real error is raised."""
-        from tokenring.inprocess import run_local
+        from tokenring.transport.inprocess import run_local
 
         return run_local(len(self.pairs), lambda group: function(group.rank(), *self.pairs[group.rank()], *args))

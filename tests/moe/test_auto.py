@@ -8,8 +8,8 @@ from torch import Tensor
 
 from moe import build_dispatcher
 from tests.moe.cases import Block, Case, H, apply_experts
-from tokenring.inprocess import run_local
 from tokenring.topology import Topology
+from tokenring.transport.inprocess import run_local
 
 
 def chosen_on_rank(group, experts: int, topk: int, options: dict) -> tuple[str, dict]:

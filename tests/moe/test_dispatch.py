@@ -172,7 +172,7 @@ def half_on_rank(group, name: str) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_rows_are_summed_in_float32(name: str) -> None:
-    from tokenring.inprocess import run_local
+    from tokenring.transport.inprocess import run_local
 
     for out, expected in run_local(2, half_on_rank, name):
         assert out.dtype == torch.bfloat16

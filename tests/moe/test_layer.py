@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe import Folding, MoELayer
-from tokenring.inprocess import LocalWorld, run_local
+from tokenring.transport.inprocess import LocalWorld, run_local
 
 H, F, E, K, BATCH, LENGTH = 8, 8, 8, 3, 8, 8
 NAMES = ("dedup", "allgather", "alltoall", "hierarchical", "auto")

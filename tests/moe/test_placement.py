@@ -11,7 +11,7 @@ from torch import Tensor
 from moe import MoELayer, Placement, co_activation, place
 from moe.placement import replicas, sum_over_replicas
 from moe.workloads import WORKLOADS, routing
-from tokenring.inprocess import run_local
+from tokenring.transport.inprocess import run_local
 
 
 @given(st.lists(st.integers(0, 50), min_size=4, max_size=12), st.integers(1, 4), st.integers(0, 6))

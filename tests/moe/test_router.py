@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe import Router
 from moe.capacity import expert_capacity
-from tokenring.inprocess import run_local
+from tokenring.transport.inprocess import run_local
 
 E, K, H = 8, 3, 16
 

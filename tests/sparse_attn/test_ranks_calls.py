@@ -15,7 +15,7 @@ from sparse_attn.kernels.torch_kernel import TorchKernel
 from tests.pool import Pool
 from tests.sparse_attn.ranks import assert_equals_one_device, on_rank, random, run, small
 from tests.sparse_attn.test_ranks_backward import upstream
-from tokenring.step import AHEAD_LANE
+from tokenring.plans.step import AHEAD_LANE
 
 
 @pytest.mark.parametrize(("world", "identify"), [(3, "pooled"), (8, "rescore")])

@@ -18,7 +18,7 @@ import tokenring as tr
 from tests.oracle import dense_attention, random_qkv
 from tokenring import executor, kernels
 from tokenring.agreement import agree
-from tokenring.plan import Plan
+from tokenring.plans.plan import Plan
 from tokenring.transport import Message, Transport
 from tokenring.work import BackwardWork, ForwardWork, Options, Work
 

@@ -131,7 +131,7 @@ def refuse_prepared(group: Any) -> tuple[str, str, float]:
 
 
 def on_lanes_of_its_own(group: Any, function: Any, *args: Any) -> Any:
-    from tokenring.distributed import DistributedTransport
+    from tokenring.transport.distributed import DistributedTransport
 
     return function(DistributedTransport(group, 60.0), *args)
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 
 import tokenring as tr
-from tokenring.check import PlanError
-from tokenring.plan import Plan
-from tokenring.problem import Problem
+from tokenring.checking.proof import PlanError
+from tokenring.plans.plan import Plan
+from tokenring.plans.problem import Problem
+from tokenring.plans.step import Piece, Slot, Step, Sum, Transfer
 from tokenring.segments import Tile
-from tokenring.step import Piece, Slot, Step, Sum, Transfer
 
 Transfers = tuple[Transfer, ...]
 

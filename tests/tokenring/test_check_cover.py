@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 import tokenring as tr
 from tests.tokenring.every_schedule import layouts, masks, schedule_names
-from tokenring.check import PlanError
-from tokenring.check_cover import check_covered
+from tokenring.checking.cover import check_covered
+from tokenring.checking.proof import PlanError
+from tokenring.checking.sweep import first_overlap
+from tokenring.plans.step import Compute, Slot, Step
 from tokenring.segments import Tile
-from tokenring.step import Compute, Slot, Step
-from tokenring.sweep import first_overlap
 
 LENGTH, BATCH = 17, 2
 BOUND = st.none() | st.integers(-6, 6)

@@ -13,7 +13,7 @@ import tokenring as tr
 from tests.oracle import dense_attention, random_qkv
 from tests.pool import Pool
 from tests.tokenring.every_schedule import schedule_names
-from tokenring.cache import KVCache
+from tokenring.caching.cache import KVCache
 
 Chunks = list[int]
 

@@ -9,7 +9,7 @@ import torch
 
 import tokenring as tr
 from tests.oracle import dense_attention, random_qkv
-from tokenring.cache import KVCache
+from tokenring.caching.cache import KVCache
 
 
 def told(positions: list[int], batch: int = 1) -> torch.Tensor:

@@ -11,7 +11,7 @@ import tokenring as tr
 from tests.oracle import dense_attention, random_qkv
 from tests.pool import Pool
 from tokenring import combine
-from tokenring.dealing import compacted, deal, joined
+from tokenring.caching.dealing import compacted, deal, joined
 from tokenring.topology import Topology
 
 WORLD, TOTAL, HEADS, DIM = 4, 8192, 32, 128

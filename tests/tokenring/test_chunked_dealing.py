@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenring.dealing import between, compacted, deal, joined
+from tokenring.caching.dealing import between, compacted, deal, joined
 from tokenring.layout import Layout
 from tokenring.segments import Segment
 

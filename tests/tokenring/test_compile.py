@@ -17,10 +17,10 @@ import tokenring as tr
 from tests.oracle import dense_attention, random_qkv
 from tests.pool import Pool
 from tests.tokenring.meshes import make_mesh, two_axes
-from tokenring.inprocess import LocalWorld
 from tokenring.operators import attention as operator
-from tokenring.spec import plan_tensor
+from tokenring.plans.spec import plan_tensor
 from tokenring.topology import Topology
+from tokenring.transport.inprocess import LocalWorld
 
 LENGTH = 29
 

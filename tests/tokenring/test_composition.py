@@ -14,7 +14,7 @@ from tests.oracle import dense_attention, random_qkv
 from tests.pool import Pool
 from tests.tokenring.meshes import make_mesh, two_axes
 from tokenring import call as calls
-from tokenring.spec import plan_tensor
+from tokenring.plans.spec import plan_tensor
 
 LENGTH, WORLD = 29, 3
 LAYOUT = tr.Layout.zigzag(LENGTH, WORLD)

@@ -10,8 +10,8 @@ import torch
 import tokenring as tr
 from tests.oracle import dense_attention, random_qkv
 from tests.pool import Pool
-from tokenring.combine import bytes_sent
-from tokenring.dealing import deal, joined
+from tokenring.caching.combine import bytes_sent
+from tokenring.caching.dealing import deal, joined
 
 CAPACITY = 9
 

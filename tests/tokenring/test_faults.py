@@ -15,8 +15,8 @@ import pytest
 import tokenring as tr
 from tests.pool import Pool
 from tests.tokenring.faulty import BOUND_SECONDS, CASES, EXIT_CODE, Case, Fault, Outcome, attempt
-from tokenring.distributed import DistributedTransport
-from tokenring.inprocess import LocalWorld
+from tokenring.transport.distributed import DistributedTransport
+from tokenring.transport.inprocess import LocalWorld
 
 PATIENT_SECONDS = 60.0
 TOLD = "rank {} of {}: Injected: broken on purpose"

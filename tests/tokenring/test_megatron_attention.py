@@ -9,8 +9,8 @@ from tests.oracle import dense_attention, random_qkv
 from tests.tokenring.megatron_dense import SIZES, assert_dense, build, sbhd, together
 from tests.tokenring.megatron_shim import AttnMaskType, ProcessGroupCollection, TransformerConfig
 from tokenring import AttentionShape, Layout, Mask, connect, count_traffic, plan, run_local
-from tokenring.inprocess import LocalWorld
 from tokenring.integrations.megatron import TokenRingAttention
+from tokenring.transport.inprocess import LocalWorld
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from tests.oracle import dense_attention, random_qkv
 from tests.tokenring.megatron_dense import Partition, assert_dense, build, inside_documents, packing, params, sbhd
 from tests.tokenring.megatron_shim import PackedSeqParams
 from tokenring import Layout, Mask, run_local
-from tokenring.inprocess import LocalWorld
 from tokenring.integrations import megatron_packing
+from tokenring.transport.inprocess import LocalWorld
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])

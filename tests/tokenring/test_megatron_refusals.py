@@ -9,9 +9,9 @@ from tests.oracle import random_qkv
 from tests.tokenring.megatron_dense import build, params, sbhd
 from tests.tokenring.megatron_shim import AttnBackend, AttnMaskType, PackedSeqParams, TransformerConfig, spec_utils
 from tokenring import AgreementError, connect, run_local
-from tokenring.inprocess import LocalWorld
 from tokenring.integrations.megatron import core_attention
 from tokenring.integrations.megatron_checks import check_config
+from tokenring.transport.inprocess import LocalWorld
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ from hypothesis import settings as with_settings
 from hypothesis import strategies as st
 
 import tokenring as tr
-from tokenring.check import PlanError
-from tokenring.check_live import check_live
-from tokenring.plan import Plan
-from tokenring.problem import Problem
+from tokenring.checking.live import check_live
+from tokenring.checking.proof import PlanError
+from tokenring.plans.plan import Plan
+from tokenring.plans.problem import Problem
+from tokenring.plans.step import Step
 from tokenring.segments import Segment, Tile, band_tile, fuse, union
-from tokenring.step import Step
 
 BATCH, HEADS, KV_HEADS, DIM, WORLD, LENGTH = 2, 8, 2, 16, 4, 64
 Q = BATCH * (LENGTH // WORLD) * HEADS * DIM * 2

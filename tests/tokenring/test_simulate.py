@@ -15,7 +15,7 @@ import pytest
 
 import tokenring as tr
 from tokenring.links.costs import ComputeRate, Costs
-from tokenring.plan import Plan
+from tokenring.plans.plan import Plan
 from tokenring.simulation.simulate import simulate
 from tokenring.simulation.tasks import TENSORS
 from tokenring.topology import Topology

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 import tokenring as tr
 from tests.tokenring.every_schedule import layouts, masks, schedule_names
+from tokenring.plans.spec import layout_of, mask_of, plan_of, plan_of_tensor, plan_tensor, to_text, topology_of
 from tokenring.segments import Segment
-from tokenring.spec import layout_of, mask_of, plan_of, plan_of_tensor, plan_tensor, to_text, topology_of
 from tokenring.topology import Topology
 
 
@@ -108,12 +108,12 @@ def test_tensors_that_hold_no_plan_are_refused() -> None:
 
 def test_another_process_reads_an_equal_plan() -> None:
     text = to_text(make_plan())
-    code = "import sys, json; from tokenring.spec import plan_of, to_text; print(to_text(plan_of(json.loads(sys.argv[1]))))"
+    code = "import sys, json; from tokenring.plans.spec import plan_of, to_text; print(to_text(plan_of(json.loads(sys.argv[1]))))"
     shown = subprocess.run([sys.executable, "-c", code, text], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == text
 
 
-@pytest.mark.parametrize("name", ["api", "spec", "operators", "checkpoint"])
+@pytest.mark.parametrize("name", ["api", "plans.spec", "operators", "checkpoint"])
 def test_examples_in_docstrings_run(name: str) -> None:
     module = importlib.import_module(f"tokenring.{name}")
     shown = doctest.testmod(module, extraglobs={"torch": torch})

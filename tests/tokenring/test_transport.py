@@ -14,9 +14,9 @@ import torch.distributed as dist
 import tokenring as tr
 from tests.oracle import dense_attention, random_qkv
 from tests.pool import Pool
-from tokenring.distributed import DistributedTransport
-from tokenring.inprocess import LocalWorld
 from tokenring.transport import LANES, TransportError, connect
+from tokenring.transport.distributed import DistributedTransport
+from tokenring.transport.inprocess import LocalWorld
 
 
 def uneven(group: Any) -> tuple:

@@ -5,7 +5,7 @@ Eight prompt rows in zigzag order over two ranks, three decoded tokens, then a s
     rank 0:  0 1 6 7 | 8     10 | 11 15
     rank 1:  2 3 4 5 |     9    | 12 13 14
 
-Later rows are dealt so that every rank holds equally many, within one (`tokenring.dealing`). Every rank works that out
+Later rows are dealt so that every rank holds equally many, within one (`tokenring.caching.dealing`). Every rank works that out
 alone, so no message is needed. A layer with a sliding window drops the rows that the window has passed.
 """
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from tokenring.cache import KVCache
-from tokenring.dealing import deal, joined
+from tokenring.caching.cache import KVCache
+from tokenring.caching.dealing import deal, joined
 from tokenring.layout import Layout
 from tokenring.transport import connect
 

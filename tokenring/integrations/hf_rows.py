@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenring.dealing import deal
+from tokenring.caching.dealing import deal
 from tokenring.integrations.hf_cache import SpreadCache
 from tokenring.integrations.hf_checks import check_padding, check_positions, named, spread_cache
 from tokenring.layout import Layout

@@ -81,9 +81,9 @@ def _compute_rate(runtime: Transport, agreed: Agreed, dtype: torch.dtype, share:
 def operation_us(runtime: Transport, agreed: Agreed, topology: Topology) -> float:
     """Microseconds of an operation: what a plan without work to speak of takes beyond its model, the call itself left out."""
     from tokenring.api import attention
-    from tokenring.plan import Plan
     from tokenring.planning import plan
-    from tokenring.shape import AttentionShape
+    from tokenring.plans.plan import Plan
+    from tokenring.plans.shape import AttentionShape
     from tokenring.simulation.simulate import simulate
 
     def seconds(world: int, group: Transport | None) -> tuple[float, Plan]:

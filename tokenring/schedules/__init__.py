@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from tokenring.plan import Builder
+from tokenring.plans.plan import Builder
 from tokenring.schedules.biring import biring
 from tokenring.schedules.gather import gather
 from tokenring.schedules.hybrid import MOVING, Hybrid

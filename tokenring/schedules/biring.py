@@ -11,10 +11,10 @@ Sent per rank, full mask: (N-1) KV, half each way; backward as much again for dk
 
 from __future__ import annotations
 
-from tokenring.problem import Problem
+from tokenring.plans.problem import Problem
+from tokenring.plans.step import Slot, Step, Transfer
 from tokenring.schedules.paths import attend, block, carried
 from tokenring.schedules.returns import Returns, key_returns
-from tokenring.step import Slot, Step, Transfer
 
 HALVES = (("a", 1), ("b", -1))
 """Name and way of the first and the second half."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import lru_cache
 
-from tokenring.problem import Problem
-from tokenring.reach import Reach, Span, reach, spans
+from tokenring.plans.problem import Problem
+from tokenring.plans.reach import Reach, Span, reach, spans
 from tokenring.schedules.paths import carried
 from tokenring.segments import Range, rows_in
 

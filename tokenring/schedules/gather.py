@@ -8,10 +8,10 @@ Sent per rank, full mask: (N-1) KV, in one step, backward (N-1) (KV + dKV); the 
 
 from __future__ import annotations
 
-from tokenring.problem import Problem
+from tokenring.plans.problem import Problem
+from tokenring.plans.step import Slot, Step, Transfer, pieces
 from tokenring.schedules.paths import attend, in_order, wanted
 from tokenring.schedules.returns import key_returns
-from tokenring.step import Slot, Step, Transfer, pieces
 
 
 def gather(problem: Problem, rank: int) -> tuple[Step, ...]:

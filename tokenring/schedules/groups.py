@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tokenring.problem import Problem
+from tokenring.plans.problem import Problem
+from tokenring.plans.step import Compute, Piece, Slot, Transfer, pieces
 from tokenring.schedules.heads import blocks
 from tokenring.schedules.paths import all_carried, among, attend, carried, in_order, united, wanted_by
 from tokenring.segments import Range
-from tokenring.step import Compute, Piece, Slot, Transfer, pieces
 
 Shares = dict[int, tuple[Piece, ...]]
 """Pieces by owner."""

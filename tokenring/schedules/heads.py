@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenring.problem import Problem
+from tokenring.plans.problem import Problem
 from tokenring.segments import Range
 
 

@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from tokenring.layout import Layout
-from tokenring.problem import QUERY_KINDS, Problem
+from tokenring.plans.problem import QUERY_KINDS, Problem
+from tokenring.plans.step import Piece, Slot, Step, Sum, Transfer, cut
 from tokenring.schedules.direction import direction
 from tokenring.schedules.inside import Renaming, beside
 from tokenring.schedules.paths import Rows, block, carried, wanted_by
-from tokenring.step import Piece, Slot, Step, Sum, Transfer, cut
 
 MOVING = {"ring": "kv", "tokenring": "q"}
 """What each outer schedule moves between nodes."""

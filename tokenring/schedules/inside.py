@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from tokenring.step import LANES, Compute, Exchange, Piece, Slot, Step, Sum, Transfer
+from tokenring.plans.step import LANES, Compute, Exchange, Piece, Slot, Step, Sum, Transfer
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tokenring.problem import Problem
+from tokenring.plans.problem import Problem
+from tokenring.plans.step import Compute, Slot, Step, Sum, Transfer
 from tokenring.schedules.paths import attend, block, wanted_by
-from tokenring.step import Compute, Slot, Step, Sum, Transfer
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from collections.abc import Iterable
 from functools import lru_cache
 from itertools import accumulate
 
-from tokenring.problem import Problem
-from tokenring.reach import Positions, positions_wanted, reach, spans
+from tokenring.plans.problem import Problem
+from tokenring.plans.reach import Positions, positions_wanted, reach, spans
+from tokenring.plans.step import Compute, Piece, Slot, cut, pieces
 from tokenring.segments import Range, union
-from tokenring.step import Compute, Piece, Slot, cut, pieces
 
 Rows = tuple[Range, ...]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tokenring.problem import Problem
+from tokenring.plans.problem import Problem
+from tokenring.plans.step import Compute, Slot, Transfer, pieces
 from tokenring.schedules.paths import block, wanted
 from tokenring.segments import union
-from tokenring.step import Compute, Slot, Transfer, pieces
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ Sent per rank, full mask: (N-1) KV forward; backward (N-1) KV + N dKV riding, (N
 
 from __future__ import annotations
 
-from tokenring.problem import Problem
+from tokenring.plans.problem import Problem
+from tokenring.plans.step import Compute, Slot, Step, Sum, Transfer
 from tokenring.schedules.direction import direction
 from tokenring.schedules.paths import Rows, attend, block, carried, reached, wanted
 from tokenring.schedules.returns import Returns, key_returns
-from tokenring.step import Compute, Slot, Step, Sum, Transfer
 
 
 def ring(problem: Problem, rank: int) -> tuple[Step, ...]:

@@ -11,10 +11,10 @@ Sent per rank, full mask: forward (N-1) (Q + O + L), backward (N-1) (2Q + 2L + d
 
 from __future__ import annotations
 
-from tokenring.problem import Problem
+from tokenring.plans.problem import Problem
+from tokenring.plans.step import Slot, Step, Transfer
 from tokenring.schedules.direction import direction
 from tokenring.schedules.paths import attend, block, carried, wanted
-from tokenring.step import Slot, Step, Transfer
 
 
 def tokenring(problem: Problem, rank: int) -> tuple[Step, ...]:

@@ -19,7 +19,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from tokenring.problem import QUERY_KINDS, Problem
+from tokenring.plans.problem import QUERY_KINDS, Problem
+from tokenring.plans.step import Compute, Slot, Step, Sum, Transfer
 from tokenring.schedules.groups import (
     Grid,
     arrivals,
@@ -33,7 +34,6 @@ from tokenring.schedules.groups import (
     transfers,
 )
 from tokenring.schedules.heads import blocks, head_range, heads_of
-from tokenring.step import Compute, Slot, Step, Sum, Transfer
 
 
 class Usp(Grid):

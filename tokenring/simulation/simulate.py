@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tokenring.links.costs import Costs
-from tokenring.plan import Plan
+from tokenring.plans.plan import Plan
 from tokenring.simulation.clock import Clock
 from tokenring.simulation.fabric import Fabric, block
 from tokenring.simulation.tasks import Key, Tasks, tasks

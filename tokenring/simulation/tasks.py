@@ -1,4 +1,4 @@
-"""What a rank's program costs it: the operations of `program.py` as tasks with seconds, and the messages that they move.
+"""What a rank's program costs it: the operations of `plans/program.py` as tasks with seconds, and the messages that they move.
 
 compute   tile_us a tile + 2 pairs heads (D + Dv) / rate           backward 2 pairs heads (3 D + 2 Dv) / rate
 merge     bytes in the accumulator's dtype / merge rate            sums and copies too; a first whole merge is free
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from tokenring.links.costs import BACKWARD_FACTORS, FORWARD_FACTORS, Costs
-from tokenring.plan import Plan
-from tokenring.program import Operation
-from tokenring.step import LANES, Compute, Slot, Step, Transfer
+from tokenring.plans.plan import Plan
+from tokenring.plans.program import Operation
+from tokenring.plans.step import LANES, Compute, Slot, Step, Transfer
 
 TENSORS = {"q": 1, "kv": 2, "out": 2, "qd": 4, "dq": 1, "dkv": 2}
 """Tensors that one transfer of a kind is sent as."""

@@ -1,7 +1,7 @@
 """A few new tokens against a key/value cache that is spread over ranks.
 
 Every rank has the same queries and its own cache rows. Each computes a partial over its rows, and the partials become one
-result, the same on every rank (`tokenring.combine`). This is pass-Q with nothing to pass: the cache never moves
+result, the same on every rank (`tokenring.caching.combine`). This is pass-Q with nothing to pass: the cache never moves
 (flash-decoding over ranks; Meta's pass-Q, arXiv 2411.01783).
 
 It costs (Dv + 1) 4 bytes for each query, head and peer, or less in two rounds, whatever the cache holds. Moving the keys and
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tokenring import kernels
 from tokenring.arguments import check_options, check_tensors
-from tokenring.combine import combine
+from tokenring.caching.combine import combine
 from tokenring.kernels.base import BlockKernel
 from tokenring.layout import Layout
 from tokenring.mask import Mask

@@ -1,4 +1,4 @@
-"""One rank's slots, step by step: the part of a plan's proof that needs no other rank (see `tokenring.check`).
+"""One rank's slots, step by step: the part of a plan's proof that needs no other rank (see `tokenring.checking.proof`).
 
 held      a slot that is computed on, sent, summed or merged is held by then, is of the kind that is asked for, and has those
           rows and heads
@@ -14,10 +14,9 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterable
 
-from tokenring.plan import Plan
-from tokenring.problem import QUERY_KINDS, Problem
-from tokenring.segments import Range, rows_in, union
-from tokenring.step import (
+from tokenring.plans.plan import Plan
+from tokenring.plans.problem import QUERY_KINDS, Problem
+from tokenring.plans.step import (
     AHEAD_LANE,
     LANES,
     PAYLOAD_LANE,
@@ -30,6 +29,7 @@ from tokenring.step import (
     Sum,
     Transfer,
 )
+from tokenring.segments import Range, rows_in, union
 
 RESULT_KINDS = ("out", "dq", "dkv")
 

@@ -14,7 +14,7 @@ from itertools import accumulate
 
 from tokenring.layout import Layout
 from tokenring.mask import END, Mask
-from tokenring.problem import Problem
+from tokenring.plans.problem import Problem
 from tokenring.segments import Range, Segment, Tile, row_band, union
 
 Span = tuple[int, int, int, int]

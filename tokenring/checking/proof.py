@@ -1,12 +1,12 @@
 """The proof of a plan, on the same object that the executor runs.
 
-slots     what each rank does with its slots is right by itself (see `tokenring.check_slots`): among other things, every row
+slots     what each rank does with its slots is right by itself (see `tokenring.checking.slots`): among other things, every row
           and head of a partial is used exactly once, and merged only by its owner
 paired    a transfer stands at the same (step, lane) on both of its ends, in one order for each pair, and never leads home
 covered   the tiles of all ranks hold every allowed (query, key) pair exactly once in every head, and no other (see
-          `tokenring.check_cover`)
+          `tokenring.checking.cover`)
 live      with every lane a first-in-first-out queue of grouped exchanges (NCCL's condition), no rank waits for ever (see
-          `tokenring.check_live`)
+          `tokenring.checking.live`)
 
 All of it costs about as much as building the plan: it sorts and sweeps, and compares nothing with everything.
 """
@@ -16,11 +16,11 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
-from tokenring.check_cover import check_covered
-from tokenring.check_live import check_live
-from tokenring.check_slots import PlanError, check_slots
-from tokenring.plan import Plan
-from tokenring.step import LANES, Step, Transfer
+from tokenring.checking.cover import check_covered
+from tokenring.checking.live import check_live
+from tokenring.checking.slots import PlanError, check_slots
+from tokenring.plans.plan import Plan
+from tokenring.plans.step import LANES, Step, Transfer
 
 __all__ = ["PlanError", "Report", "check"]
 

@@ -23,8 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tokenring.control import TICK_SECONDS, Attendant, Gate, Headers, LastWords, Pending, close_lane
-from tokenring.transport import LANES, Message, Transport, TransportError, Verdict
+from tokenring.transport.base import Transport
+from tokenring.transport.control import TICK_SECONDS, Attendant, Gate, Headers, LastWords, Pending, close_lane
+from tokenring.transport.messages import LANES, Message, TransportError, Verdict
 
 PATIENCE_SECONDS = 0.2
 """How long a rank whose connection was closed looks for the last words of whoever closed it."""

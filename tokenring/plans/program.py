@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tokenring.step import AHEAD_LANE, LANES, PAYLOAD_LANE, RETURN_LANE, Step
+from tokenring.plans.step import AHEAD_LANE, LANES, PAYLOAD_LANE, RETURN_LANE, Step
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """The tiles of all ranks hold every allowed (query, key) pair exactly once in every head, and no other.
 
 inside     each tile holds only pairs that the mask allows its slots' rows
-once       no two tiles share a pair: compared on two axes that name a row alike whoever holds it (see `tokenring.sweep`)
+once       no two tiles share a pair: compared on two axes that name a row alike whoever holds it (see `tokenring.checking.sweep`)
 all        in every head they hold as many pairs as the mask has over the sequence, counted cell by cell
 
 An axis counts rows by owner, or by position (those of one stride and remainder together): a block that travels alone is one
@@ -16,12 +16,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from tokenring.check_slots import PlanError
-from tokenring.plan import Plan
-from tokenring.problem import Problem
+from tokenring.checking.slots import PlanError
+from tokenring.checking.sweep import first_overlap
+from tokenring.plans.plan import Plan
+from tokenring.plans.problem import Problem
+from tokenring.plans.step import Compute, Piece, Slot, Step
 from tokenring.segments import Range, Tile, join
-from tokenring.step import Compute, Piece, Slot, Step
-from tokenring.sweep import first_overlap
 
 Stretch = tuple[int, int, int, tuple[int, int]]
 """(first row in the slot, past the last, coordinate of the first, the plane's key on this axis)."""

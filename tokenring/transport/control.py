@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from tokenring.transport import HEADER_BYTES, Verdict
+from tokenring.transport.messages import HEADER_BYTES, Verdict
 
 TICK_SECONDS = 0.5
 """How long a rank waits before it looks whether another rank has failed, and between looks."""

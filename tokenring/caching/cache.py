@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from tokenring.api import attention
-from tokenring.dealing import between, compacted, deal, joined
-from tokenring.decode import decode_attention
+from tokenring.caching.dealing import between, compacted, deal, joined
+from tokenring.caching.decode import decode_attention
 from tokenring.layout import Layout
 from tokenring.mask import Mask
 from tokenring.transport import connect

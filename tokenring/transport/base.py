@@ -1,18 +1,4 @@
-"""Point-to-point transport: lanes of first-in-first-out exchanges between the ranks of one group.
-
-A *lane* is one communicator. On a lane every rank issues its exchanges in the same order; one exchange holds all that a
-rank receives and sends in one step, and is driven by three verbs:
-
-    open(lane, step, receives)    receives are posted (early: before the sends they answer, one step ahead where possible)
-    push(lane, step, sends)       sends are posted; NCCL gets both halves as one group here
-    wait(lane, step)              all of the exchange has arrived and left, or TransportError names rank, step and peer
-
-No tags are relied on: between two ranks, messages of one lane match in the order they were issued. A lane of its own carries
-headers (`announce`): what a rank is about to do, which all ranks judge before anything after it is posted.
-
-A rank that fails tells the others, which stop waiting at once; nothing stays posted, and the group refuses every later call.
-Bytes and events are counted here, where they really leave.
-"""
+"""What every transport shares: the three verbs, headers, counters, and what happens after an error."""
 
 from __future__ import annotations
 
@@ -25,24 +11,17 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
-from tokenring.collectives import Collectives
-from tokenring.events import Event, Ledger, Trace, Traffic
-
-LANES = 3
-CONTROL_LANE = LANES
-DEFAULT_TIMEOUT_SECONDS = 300.0
-HEADER_BYTES = 504
-
-Message = tuple[int, Tensor]
-Verdict = Callable[[list[bytes]], None]
-"""Sees the headers of all ranks, in rank order; raises ValueError, on every rank alike, where they do not go together."""
-
-
-class TransportError(RuntimeError):
-    """A transfer failed or timed out. The message names rank, step and peer; the group is poisoned afterwards."""
+from tokenring.transport.collectives import Collectives
+from tokenring.transport.events import Event, Ledger
+from tokenring.transport.messages import (
+    CONTROL_LANE,
+    DEFAULT_TIMEOUT_SECONDS,
+    HEADER_BYTES,
+    Message,
+    TransportError,
+    Verdict,
+)
 
 
 class Transport(Collectives):
@@ -219,78 +198,3 @@ class SingleRank(Transport):
 
     def _wait(self, lane: int, step: int) -> None:
         return
-
-
-_runtimes: weakref.WeakKeyDictionary[Any, Transport] = weakref.WeakKeyDictionary()
-
-
-def connect(group: Any, *, timeout_seconds: float | None = None) -> Transport:
-    """The transport of a group; the first call on a group is collective (it makes and warms the lanes).
-
-    Args:
-        group: a ProcessGroup, a 1-D DeviceMesh, a LocalGroup (threads in this process), or None for one rank alone.
-        timeout_seconds: longest wait for one exchange; kept for the group. 300 s where nobody says.
-    """
-    if group is None:
-        return SingleRank()
-    if isinstance(group, Transport):
-        return group
-    if hasattr(group, "get_group") and hasattr(group, "mesh_dim_names"):
-        if group.ndim != 1:
-            raise ValueError(f"group is a {group.ndim}-D DeviceMesh; give one axis of it, for instance mesh['cp']")
-        group = group.get_group()
-    if group not in _runtimes:
-        limit = DEFAULT_TIMEOUT_SECONDS if timeout_seconds is None else timeout_seconds
-        if hasattr(group, "make_transport"):
-            _runtimes[group] = group.make_transport(limit)
-        elif isinstance(group, dist.ProcessGroup):
-            _runtimes[group] = _distributed(group, limit)
-        else:
-            raise ValueError(
-                f"group is a {type(group).__name__}; give a ProcessGroup this rank belongs to, a 1-D DeviceMesh, a LocalGroup or None"
-            )
-    runtime = _runtimes[group]
-    if timeout_seconds is not None:
-        runtime.timeout_seconds = timeout_seconds
-    return runtime
-
-
-def _distributed(group: dist.ProcessGroup, timeout_seconds: float) -> Transport:
-    from tokenring.distributed import DistributedTransport
-
-    return DistributedTransport(group, timeout_seconds) if group.size() > 1 else SingleRank()
-
-
-@contextmanager
-def count_traffic(group: Any) -> Iterator[Traffic]:
-    """Count the payload bytes that leave this rank inside the block.
-
-    >>> with count_traffic(None) as traffic:
-    ...     pass
-    >>> traffic.sent
-    {}
-    """
-    runtime, traffic = connect(group), Traffic()
-    runtime._ledger.traffic.append(traffic)
-    try:
-        yield traffic
-    finally:
-        runtime._ledger.traffic.remove(traffic)
-
-
-@contextmanager
-def trace(group: Any) -> Iterator[Trace]:
-    """Collect what this rank does inside the block: compute, send, wait and merge events with times.
-
-    For one rank alone, make the transport once and give it here and to `attention`: `alone = connect(None)`.
-    """
-    if group is None:
-        raise ValueError(
-            "trace got no group; for one rank alone give `alone = connect(None)` here and as group= of the calls"
-        )
-    runtime, record = connect(group), Trace()
-    runtime._ledger.traces.append(record)
-    try:
-        yield record
-    finally:
-        runtime._ledger.traces.remove(record)

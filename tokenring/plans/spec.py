@@ -21,11 +21,11 @@ from torch import Tensor
 from tokenring.layout import Layout
 from tokenring.links.topology_file import from_dict, to_dict
 from tokenring.mask import END, Limits, Mask
-from tokenring.plan import Plan
-from tokenring.problem import Problem
+from tokenring.plans.plan import Plan
+from tokenring.plans.problem import Problem
+from tokenring.plans.shape import AttentionShape
 from tokenring.schedules import builder
 from tokenring.segments import Segment, Tile
-from tokenring.shape import AttentionShape
 from tokenring.topology import Topology
 
 KINDS = (Layout, Mask, Plan, Topology)

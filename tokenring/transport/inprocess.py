@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenring.transport import CONTROL_LANE, Message, Transport, TransportError
+from tokenring.transport.base import Transport
+from tokenring.transport.messages import CONTROL_LANE, Message, TransportError
 
 
 class LocalWorld:

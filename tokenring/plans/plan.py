@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tokenring.problem import QUERY_KINDS, Problem
-from tokenring.program import Operation, operations
-from tokenring.shape import AttentionShape
-from tokenring.step import Step, Transfer
+from tokenring.plans.problem import QUERY_KINDS, Problem
+from tokenring.plans.program import Operation, operations
+from tokenring.plans.shape import AttentionShape
+from tokenring.plans.step import Step, Transfer
 
 if TYPE_CHECKING:
-    from tokenring.check import Report
+    from tokenring.checking.proof import Report
     from tokenring.simulation.timeline import Timeline
     from tokenring.topology import Topology
 
@@ -86,7 +86,7 @@ class Plan:
 
         Raises PlanError that names what is wrong; returns counts otherwise.
         """
-        from tokenring.check import check
+        from tokenring.checking.proof import check
 
         return check(self)
 

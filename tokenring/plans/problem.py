@@ -8,8 +8,8 @@ from functools import cached_property
 
 from tokenring.layout import Layout
 from tokenring.mask import Mask
+from tokenring.plans.step import Piece, Slot
 from tokenring.segments import Range, Segment, Tile
-from tokenring.step import Piece, Slot
 
 QUERY_KINDS = ("q", "qd", "out", "dq")
 """Kinds of slots whose rows are queries and whose heads are query heads."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tokenring.check_slots import PlanError
-from tokenring.program import operations
-from tokenring.step import LANES, Step
+from tokenring.checking.slots import PlanError
+from tokenring.plans.program import operations
+from tokenring.plans.step import LANES, Step
 
 Key = tuple[int, int, int]
 """(rank, lane, step) of an exchange."""
