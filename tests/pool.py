@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_WORLD = 8
-TASK_SECONDS = 120
+TASK_SECONDS = 300
 
 
 class WorkerError(AssertionError):
