@@ -10,7 +10,7 @@ import torch
 import tokenring as tr
 from tests.oracle import dense_attention, random_qkv
 from tests.pool import Pool
-from tokenring import combine
+from tokenring.caching import combine
 from tokenring.caching.dealing import compacted, deal, joined
 from tokenring.topology import Topology
 
