@@ -2,7 +2,7 @@
 
     python -m benchmarks.token_reduction [--frames 17] [--ratio 0.1] [--out FILE.json] [--readme README.md] [--pictures DIR]
     python -m benchmarks.token_reduction --scale                                100,000 tokens at once, coverage, refusals
-    python -m benchmarks.token_reduction --hour [METHOD ...] [--hour-frames 128] [--hour-full METHOD ...]    an hour of video
+    python -m benchmarks.token_reduction --hour [METHOD ...] --out FILE.json    an hour of video; begun again where it stopped
     python -m benchmarks.token_reduction --run [METHOD ...]                     32 frames through `tokenring run`
     python -m benchmarks.token_reduction --select [METHOD ...]                  every method's selection on that run's tokens
 
@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import token_reduction_hour as hour
 from benchmarks import token_reduction_scale as scale
 from benchmarks.record import measured
 from benchmarks.token_reduction_data import CLIPS, Clip, clip, tokens_of, vit
@@ -174,8 +175,7 @@ def main() -> None:
     parser.add_argument("--words", type=Path, metavar="FILE", help="take the OCR column from a file of --only-words")
     parser.add_argument("--scale", action="store_true")
     parser.add_argument("--hour", nargs="*", metavar="METHOD")
-    parser.add_argument("--hour-frames", type=int, default=scale.HOUR)
-    parser.add_argument("--hour-full", nargs="*", metavar="METHOD", default=[])
+    parser.add_argument("--hour-frames", type=int, default=scale.HOUR, help="fewer, to try it")
     parser.add_argument("--run", nargs="*", metavar="METHOD")
     parser.add_argument("--select", nargs="*", metavar="METHOD")
     parser.add_argument("--repeat", type=int, default=3)
@@ -183,8 +183,13 @@ def main() -> None:
     table_only = not options.scale and options.hour is options.run is options.select is None
     if options.threads or table_only:
         torch.set_num_threads(options.threads or 1)
-    if options.scale or options.hour is not None:
-        result = about() | scale.measure(options.scale, options.hour, options.hour_frames, options.hour_full)
+    if options.hour is not None:
+        if options.out is None:
+            parser.error("--hour writes after every method; give --out FILE")
+        hour.measure(options.out, options.hour, options.hour_frames)
+        return
+    if options.scale:
+        result = about() | scale.measure()
     elif options.run is not None:
         result = about() | scale.through_the_launcher(options.run or ["divprune"], options.repeat)
     elif options.select is not None:

@@ -1,4 +1,4 @@
-"""Long inputs for `benchmarks/token_reduction.py`: 100,000 tokens at once, an hour in a stream, a run of the launcher."""
+"""Long inputs for `benchmarks/token_reduction.py`: 100,000 tokens at once, a run of the launcher."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,20 +19,21 @@ from token_reduction import VisualTokens, methods
 WIDTH, CELLS, HOUR = 384, 256, 3600
 SPECS = {"cdpruner": "cdpruner,relevance=false"}
 ONE = """
-import json, resource, sys, time, torch
-from benchmarks.token_reduction_scale import {work}
-print(json.dumps({work}(*json.loads(sys.argv[1])) | {{"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}}))
+import importlib, json, resource, sys
+module, work = sys.argv[1].rsplit(".", 1)
+try:
+    result = getattr(importlib.import_module(module), work)(*json.loads(sys.argv[2]))
+except Exception as error:
+    result = {"error": repr(error)}
+print(json.dumps(result | {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
 """
 
 
-def apart(work: str, *arguments: Any) -> dict[str, Any]:
-    """`work(*arguments)` in a process of its own, with its peak memory."""
-    done = subprocess.run(
-        [sys.executable, "-c", ONE.format(work=work), json.dumps(arguments)], capture_output=True, text=True
-    )
-    if done.returncode:
-        return {"error": done.stderr.strip().splitlines()[-1]}
-    return json.loads(done.stdout)
+def apart(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """`work(*arguments)` in a process of its own, with its peak memory; what it shows on standard error is seen."""
+    where = f"{work.__module__}.{work.__name__}"
+    done = subprocess.run([sys.executable, "-c", ONE, where, json.dumps(arguments)], stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout) if done.returncode == 0 else {"error": f"the process ended with {done.returncode}"}
 
 
 def video(frames: int, seed: int = 0) -> Iterator[torch.Tensor]:
@@ -108,36 +109,6 @@ def on_a_clip(name: str, frames: int) -> dict[str, Any]:
     return {"method": name, "tokens": len(x), "kept": len(kept.index), "seconds": seconds, "coverage": coverage}
 
 
-def hour(name: str, frames: int = HOUR, window: int = 16) -> dict[str, Any]:
-    """A stream of one frame a second, in CPU seconds of one thread; fewer frames than an hour give the hour by its windows
-    (modelled: time is linear in them)."""
-    from token_reduction import Budget, build, reduce_stream
-
-    torch.set_num_threads(1)
-    inside = [0.0, 0.0]
-
-    def runs() -> Iterator[VisualTokens]:
-        for first in range(0, frames, window):
-            start = time.process_time()
-            run = tokens_of(min(window, frames - first), seed=first)
-            inside[0] += time.process_time() - start  # the camera's time, not the method's
-            yield run
-
-    def progress(done: int, kept: int) -> None:
-        if done * 10 // frames > inside[1]:
-            inside[1] = done * 10 // frames
-            seconds = time.process_time() - start - inside[0]
-            print(f"{name}: {done} of {frames} frames, {kept} rows, {seconds:.0f} CPU s", file=sys.stderr, flush=True)
-
-    start, kept = time.process_time(), 0
-    for part in reduce_stream(build(name), runs(), Budget.ratio(0.1), window=window, progress=progress):
-        kept += part.index.numel()
-    seconds = time.process_time() - start - inside[0]
-    result = {"method": name, "frames": frames, "tokens": frames * CELLS, "kept": kept, "window": window}
-    kind = "measured" if frames >= HOUR else f"modelled: {frames} frames measured, time is linear in windows"
-    return result | {"cpu_seconds": seconds, "cpu_seconds_of_the_hour": seconds * HOUR / frames, "kind": kind}
-
-
 def refusals() -> list[dict[str, str]]:
     """What every method says to the hour at once; the tokens take no memory, the refusal looks at sizes."""
     from token_reduction import Budget, build
@@ -159,17 +130,14 @@ def refusals() -> list[dict[str, str]]:
     return said
 
 
-def measure(large: bool, hours: list[str] | None, frames: int, full: list[str]) -> dict[str, Any]:
-    """The figures of `--scale` and `--hour` (no names: every method but identity; those of `full` run the whole hour)."""
-    result: dict[str, Any] = {}
-    if large:
-        result["at_once"] = [apart("at_once", "divprune", 391)]
-        result["on_a_clip"] = [apart("on_a_clip", name, 17) for name in ("facility", "divprune", "cdpruner")]
-        result["refusals"] = refusals()
-    if hours is not None:
-        names = hours or [name for name in methods() if name != "identity"]
-        result["hour"] = [apart("hour", name, HOUR if name in full else frames) for name in names]
-    return result
+def measure() -> dict[str, Any]:
+    """The figures of `--scale`."""
+    clips = ("facility", "divprune", "cdpruner")
+    return {
+        "at_once": [apart(at_once, "divprune", 391)],
+        "on_a_clip": [apart(on_a_clip, name, 17) for name in clips],
+        "refusals": refusals(),
+    }
 
 
 def through_the_launcher(names: list[str], repeat: int) -> dict[str, Any]:
