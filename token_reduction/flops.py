@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 
 def prefill(
-    rows: int, *, layers: int, width: int, ffn: int, gated: bool = False, key_width: int | None = None
+    rows: float, *, layers: int, width: int, ffn: int, gated: bool = False, key_width: int | None = None
 ) -> float:
     """Multiply-adds of all layers.
 
@@ -32,14 +32,20 @@ def by_layer(rows: Sequence[int], *, width: int, ffn: int, gated: bool = False) 
 DIVPRUNE_TEXTS = (15, 15, 23, 83, 25, 113, 15, 39, 21, 91, 57)
 """Text rows of the eleven tasks over which DivPrune's published shares are means."""
 
+DIVPRUNE_SYSTEM = 35
+"""Rows of the system prompt that its released code takes for granted before the picture."""
 
-def divprune_share(visual: int, ratio: float, *, layers: int, width: int, ffn: int) -> float:
+
+def divprune_share(visual: int, ratio: float, *, layers: int, width: int, ffn: int, system: int = 0) -> float:
     """DivPrune's published figure: FLOPs with `ratio` of `visual` rows kept over FLOPs with all, mean over its tasks.
+
+    system: rows of the system prompt that count beside a task's text.
 
     >>> round(100 * divprune_share(576, 0.098, layers=32, width=4096, ffn=11008), 2)
     15.63
     """
     kept = round(ratio * visual)
     size = {"layers": layers, "width": width, "ffn": ffn}
-    shares = [prefill(text + kept, **size) / prefill(text + visual, **size) for text in DIVPRUNE_TEXTS]
+    texts = [system + text for text in DIVPRUNE_TEXTS]
+    shares = [prefill(text + kept, **size) / prefill(text + visual, **size) for text in texts]
     return sum(shares) / len(shares)
