@@ -22,7 +22,7 @@ SIDE = 224
 PATCH = 14
 GRID = SIDE // PATCH
 FITS = ("letterbox", "crop", "squash")
-CHANNELS = ("cls_attn", "recv_attn", "keys", "queries", "patches", "pixels")
+CHANNELS = ("cls_attn", "cls_logits", "recv_attn", "keys", "queries", "patches", "pixels")
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
@@ -88,6 +88,7 @@ class ViT(nn.Module):
             x (F, 256, 384): patch features after the last norm, rows in raster order, [CLS] left out.
             cls_attn (F, 256, 4): attention the [CLS] query pays to each patch in each block of the last third, mean over
                 heads. The softmax includes [CLS] itself, so a column sums to a little less than 1.
+            cls_logits (F, 256, 6): [CLS] query . key / sqrt(64) of the last block, before the softmax.
             recv_attn (F, 256, 2): attention that each patch receives in block 5 of 12 and in the last, mean over heads and
                 queries, [CLS] among these.
             keys, queries (F, 256, 6, 64): of the last block.
@@ -131,6 +132,7 @@ class ViT(nn.Module):
         out = {"x": self.norm(rows)[:, 1:]}
         made = {
             "cls_attn": lambda: torch.stack(cls, -1),
+            "cls_logits": lambda: (q[:, :, :1] @ k.transpose(2, 3) / q.shape[-1] ** 0.5)[:, :, 0, 1:].transpose(1, 2),
             "recv_attn": lambda: torch.stack(received if pair[0] < pair[1] else 2 * received, -1),
             "keys": lambda: k.transpose(1, 2)[:, 1:],
             "queries": lambda: q.transpose(1, 2)[:, 1:],

@@ -6,7 +6,7 @@ own numbering becomes rows of the batch by adding where the unit begins.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +25,7 @@ class Batch:
         channels: (B, n, ...) what the method needs, by name.
         texts: (m, D) that goes with each unit, or None.
         seeds: for each unit, the seed of its own chance.
+        frames: for each unit, how many frames its item has.
     """
 
     x: Tensor
@@ -32,6 +33,7 @@ class Batch:
     channels: Mapping[str, Tensor] = field(default_factory=dict)
     texts: tuple[Tensor | None, ...] = ()
     seeds: tuple[int, ...] = ()
+    frames: tuple[int, ...] = ()
 
     def units(self, channel: str | None = None, center: bool = False, mean_heads: bool = False) -> Tensor:
         """Exact unit rows (B, n, D) float64 of x, or of a channel: heads side by side, or their mean where they are told apart."""
@@ -45,21 +47,47 @@ class Batch:
         value = self.channels[channel].double()
         return value if value.dim() == 2 else value[..., layer]
 
+    def heads(self, channel: str) -> Tensor:
+        """(B, n, heads) float64 of a channel of one number per token, or per token and head."""
+        value = self.channels[channel].double()
+        return value if value.dim() == 3 else value[..., None]
+
     def generator(self, unit: int) -> torch.Generator:
         """The chance of one unit: the same on every rank and for every batching."""
         return torch.Generator().manual_seed(self.seeds[unit])
 
-    def single(self, unit: int) -> Batch:
-        """One unit alone."""
-        part = slice(unit, unit + 1)
-        channels = {name: value[part] for name, value in self.channels.items()}
-        return Batch(self.x[part], self.grid, channels, self.texts[part], self.seeds[part])
+    def take(self, units: Sequence[int]) -> Batch:
+        """Some of the units."""
+        if len(units) == len(self.x):
+            return self
+        rows = slice(units[0], units[0] + 1) if len(units) == 1 else torch.tensor(units, device=self.x.device)
+        channels = {name: value[rows] for name, value in self.channels.items()}
+        texts, seeds, frames = (
+            [values[u] for u in units if values] for values in (self.texts, self.seeds, self.frames)
+        )
+        return Batch(self.x[rows], self.grid, channels, tuple(texts), tuple(seeds), tuple(frames))
+
+    def by(self, kinds: Sequence[Hashable], select: Callable[[Batch], Sequence[Selection]]) -> list[Selection]:
+        """`select` of the units of each kind, answers in the units' order."""
+        groups: dict[Hashable, list[int]] = {}
+        for unit, kind in enumerate(kinds):
+            groups.setdefault(kind, []).append(unit)
+        answers = {u: a for units in groups.values() for u, a in zip(units, select(self.take(units)), strict=True)}
+        return [answers[unit] for unit in range(len(self.x))]
+
+    def one_by_one(self, select: Callable[[Batch], Sequence[Selection]]) -> list[Selection]:
+        """`select` of every unit alone."""
+        return self.by(range(len(self.x)), select)
+
+    def by_text(self, select: Callable[[Batch], Sequence[Selection]]) -> list[Selection]:
+        """`select` of the units that share a text: the frames of an item, or all."""
+        return self.by([id(text) for text in self.texts], select)
 
     @property
-    def text(self) -> Tensor | None:
-        """Of a batch of one unit."""
-        assert len(self.x) == 1
-        return self.texts[0] if self.texts else None
+    def text(self) -> Tensor:
+        """Of a batch whose units share one."""
+        assert len({id(text) for text in self.texts}) == 1
+        return self.texts[0].to(self.x.device)
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,8 +6,6 @@ Equal tokens then have equal cosines to the last bit, and ties really go to the 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -15,21 +13,28 @@ _MAGIC = 6.0 * 2.0**25
 
 
 def fixed_mean(x: Tensor) -> Tensor:
-    """Mean over dim -2 of (..., n, D), float64, in 64-bit fixed point, where addition is exact."""
+    """Mean over dim -2 of (..., n, D), float64, in 64-bit fixed point, where addition is exact: (..., D).
+
+    The point is set by the largest entry of each (n, D), so what lies beside it in a batch changes nothing.
+    """
     n = x.shape[-2]
-    peak = float(x.abs().amax()) if x.numel() else 0.0
-    if peak == 0.0:
+    if not x.numel():
         return x.new_zeros((*x.shape[:-2], x.shape[-1]), dtype=torch.float64)
-    scale = math.ldexp(1.0, min(900, min(52, 61 - n.bit_length()) - math.frexp(peak)[1]))
-    return (x.double() * scale).round().to(torch.int64).sum(-2).double() / scale / n
+    exponent = torch.frexp(x.abs().amax((-2, -1), keepdim=True).double()).exponent
+    scale = _power(torch.clamp(min(52, 61 - n.bit_length()) - exponent.long(), max=900))
+    return (x.double() * scale).round().to(torch.int64).sum(-2).double() / scale[..., 0] / n
+
+
+def _power(exponent: Tensor) -> Tensor:
+    """2^exponent float64 by its bits: `exp2` and `pow` may be off by one."""
+    return ((exponent + 1023) << 52).view(torch.float64)
 
 
 def unit_rows(x: Tensor, center: bool = False) -> Tensor:
     """Unit rows (..., n, D) float64 rounded to multiples of 2^-25; zero rows stay zero. center: the mean comes off first."""
     wide = x.double()
     if center:
-        means = [fixed_mean(part) for part in x.reshape(-1, *x.shape[-2:])]
-        wide = wide - torch.stack(means).reshape(*x.shape[:-2], 1, x.shape[-1])
+        wide = wide - fixed_mean(x)[..., None, :]
     norm = _row_sum(wide * wide).sqrt_()
     inverse = torch.where(norm > 0, 1.0 / norm, 0.0)
     return wide.mul(inverse[..., None]).add_(_MAGIC).sub_(_MAGIC)
@@ -50,6 +55,27 @@ def top(scores: Tensor, count: int) -> Tensor:
     tensor([1, 2, 3])
     """
     return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :count]
+
+
+def best_of_each(scores: Tensor, shares: Tensor | list[int]) -> Tensor:
+    """(..., F, N) bool: in each line the `shares` (..., F) largest scores, ties to the lowest index.
+
+    >>> best_of_each(torch.tensor([[1.0, 3.0, 3.0], [2.0, 2.0, 0.0]]), [2, 1]).int().tolist()
+    [[0, 1, 1], [1, 0, 0]]
+    """
+    shares = torch.as_tensor(shares, device=scores.device)
+    first = torch.arange(scores.shape[-1], device=scores.device) < shares[..., None]
+    order = top(scores, scores.shape[-1])
+    return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, first.expand_as(order))
+
+
+def marked(mask: Tensor) -> list[Tensor]:
+    """Of each line of (B, n) bool the places that are true, ascending.
+
+    >>> [line.tolist() for line in marked(torch.tensor([[True, False, True], [False, True, False]]))]
+    [[0, 2], [1]]
+    """
+    return list(mask.nonzero()[:, 1].split(mask.sum(1).tolist()))
 
 
 def evenly(length: int, count: int) -> Tensor:
@@ -87,14 +113,15 @@ def nearest(rows: Tensor, targets: Tensor) -> Tensor:
     return (rows @ targets.mT).argmax(-1)
 
 
-def knee(values: Tensor) -> int:
-    """Where a falling curve bends most: the place farthest below the chord from its first to its last value, plus 1.
+def knee(values: Tensor) -> Tensor:
+    """Where a falling curve (..., n) bends most: the place farthest below the chord from its first to its last value, plus 1.
 
     >>> knee(torch.tensor([10.0, 9.0, 2.0, 1.5, 1.0]))
-    3
+    tensor(3)
     """
-    n = values.numel()
+    n = values.shape[-1]
     if n < 3:
-        return n
-    line = values[0] + (values[-1] - values[0]) * torch.arange(n, device=values.device) / (n - 1)
-    return int((line - values).argmax()) + 1
+        return torch.full(values.shape[:-1], n, device=values.device)
+    first, last = values[..., :1], values[..., -1:]
+    line = first + (last - first) * torch.arange(n, device=values.device) / (n - 1)
+    return (line - values).argmax(-1) + 1

@@ -21,6 +21,8 @@ from tokenring.transport import Transport, connect
 VARIANTS = ("best", "paper", "released")
 MAX_WORK = 2e13
 """Multiply-adds of one item above which a method whose work grows faster than its tokens refuses: minutes on a small CPU."""
+CORE_RATE = 1e10
+"""Multiply-adds a second of one core in float64, as a rule of thumb for what a refusal estimates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +133,9 @@ def refuse_work(method: Reducer, shard: TokenShard, counts: Sequence[int]) -> st
             frames = max(1, min(t, 8192 // (h * w)))
             also = f", or two_level(method, {frames})" if method.flat else ""
             return (
-                f"{method.name} of item {item} with {t * h * w} tokens to {count} needs about {work:.1e} multiply-adds, which "
-                f"grow faster than the tokens; at most {MAX_WORK:.0e} are done at once; cut the video: "
+                f"{method.name} of item {item} with {t * h * w} tokens to {count} needs about {work:.1e} multiply-adds (some "
+                f"{work / CORE_RATE / 3600:.1f} hours of one core), which grow faster than the tokens; at most {MAX_WORK:.0e} are "
+                f"done at once; cut the video: "
                 f"reduce_stream(method, windows of {frames} frames, budget), or --window {frames}{also}"
             )
     return None

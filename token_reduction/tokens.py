@@ -18,7 +18,7 @@ from torch import Tensor
 
 Grid = tuple[tuple[int, int, int], ...]
 
-CHANNELS = ("cls_attn", "recv_attn", "keys", "queries", "text", "patches", "pixels", "planes")
+CHANNELS = ("cls_attn", "cls_logits", "recv_attn", "keys", "queries", "text", "patches", "pixels", "planes")
 
 
 def check_grid(grid: Any) -> Grid:
@@ -48,7 +48,8 @@ class VisualTokens:
         grid: (T, h, w) of each item; T*h*w is the item's length. T = 0 is an item that has no rows.
         positions: (P, N) int64 position of each token on each axis, P = 1, or 3 for M-RoPE. Reductions never renumber it.
         channels: what some methods look at, by name, one entry per token: `cls_attn`, `recv_attn` (N,), or (N, layers) from
-            shallow to deep: attention paid by [CLS], and by all rows on average; `keys`, `queries` of the encoder, (N, H, d)
+            shallow to deep: attention paid by [CLS], and by all rows on average; `cls_logits` (N,) or (N, heads) [CLS] query . key
+            / sqrt(d) of the last layer, before its softmax; `keys`, `queries` of the encoder, (N, H, d)
             or (N, H d) with heads side by side; `patches` (N, C) before the projector; `pixels` (N, ...) in 0..1; `planes` (N, ...) or a
             list of such (DeepStack). And `text`, not per token: (m, D) for all items, or a list of one (m, D) per item.
 

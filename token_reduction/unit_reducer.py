@@ -25,6 +25,7 @@ from token_reduction.reduction import Reduction
 from token_reduction.tokens import TokenShard, text_of
 from tokenring.transport import Transport
 
+_BY_LAYER = {"cls_attn": "layers", "recv_attn": "layers", "cls_logits": "heads"}
 _MATRIX_ENTRIES = 2**24  # entries of all n x n matrices of one batch: what bounds memory when many frames are batched
 
 
@@ -42,7 +43,7 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True)
 class UnitReducer(Reducer):
-    """Base of methods that treat units alone. A subclass says its `scope` and writes `select` or `select_one`."""
+    """Base of methods that treat units alone. A subclass says its `scope` and writes `select`, for units of one shape at once."""
 
     scope: ClassVar[str] = "item"
     """"item", or "frame": every frame is reduced alone, and the item's count is spread evenly over its frames."""
@@ -51,14 +52,10 @@ class UnitReducer(Reducer):
     draws: ClassVar[bool] = False
     """Whether the method uses chance."""
 
+    @abstractmethod
     def select(self, batch: Batch, count: int) -> Sequence[Selection]:
         """An answer for each unit of the batch: exactly `count` kept rows, 1 <= count < n (<= n and
-        at most `count` rows where `adaptive`)."""
-        return [self.select_one(batch.single(unit), count) for unit in range(batch.x.shape[0])]
-
-    @abstractmethod
-    def select_one(self, batch: Batch, count: int) -> Selection:
-        """The answer for a batch of one unit."""
+        at most `count` rows where `adaptive`). What else is in the batch must not change an answer."""
 
     def problem(self, shard: TokenShard, counts: Sequence[int]) -> str | None:
         return super().problem(shard, counts) or refuse_unfinite(self, shard) or refuse_channels(self, shard)
@@ -102,18 +99,6 @@ class UnitReducer(Reducer):
         return int(torch.randint(2**40, (), generator=generator, device=generator.device))
 
 
-@dataclass(frozen=True, kw_only=True)
-class BatchReducer(UnitReducer):
-    """Base of methods that choose in all units of one shape at once: they write `select`."""
-
-    @abstractmethod
-    def select(self, batch: Batch, count: int) -> Sequence[Selection]:
-        """See UnitReducer."""
-
-    def select_one(self, batch: Batch, count: int) -> Selection:
-        return self.select(batch, count)[0]
-
-
 def used_channels(method: Reducer, shard: TokenShard) -> list[str]:
     """Channels with one entry per token that the method looks at: what it needs, and of what it wants what there is."""
     return sorted((method.needs - {"text"}) | (method.wants & set(shard.channels)))
@@ -123,13 +108,13 @@ def refuse_channels(method: UnitReducer, shard: TokenShard) -> str | None:
     """Why a channel that the method looks at cannot be what it should be, or None."""
     for name in used_channels(method, shard):
         value = shard.channels[name]
-        if name in ("cls_attn", "recv_attn") and value.dim() not in (1, 2):
-            return f"{method.name} needs {name} as (N,) or (N, layers), got {tuple(value.shape)}"
+        if name in _BY_LAYER and value.dim() not in (1, 2):
+            return f"{method.name} needs {name} as (N,) or (N, {_BY_LAYER[name]}), got {tuple(value.shape)}"
         if not bool(torch.isfinite(value).all()):
             return f"{method.name} compares {name} and it holds NaN or infinity; look at the encoder or the dtype"
     if "text" not in method.needs:
         return None
-    width = (shard.x if method.text_space == "x" else shard.channels[method.text_space]).shape[1]
+    width = (shard.x if method.text_space == "x" else shard.channels[method.text_space]).shape[1:].numel()
     for item in range(len(shard.grid)):
         text = text_of(shard.channels, item)
         if text.dim() != 2 or text.shape[0] < 1 or text.shape[1] != width or not bool(torch.isfinite(text).all()):
@@ -173,7 +158,8 @@ class _Pieces:
         parts = {name: torch.stack([self._rows(name, i) for i in numbers]) for name in self.planes}
         units = [self.units[i] for i in numbers]
         texts = tuple(text_of(self.shard.channels, unit.item) for unit in units)
-        return Batch(parts.pop("x"), units[0].grid, parts, texts, tuple(unit.seed for unit in units))
+        seeds, frames = tuple(unit.seed for unit in units), tuple(self.shard.grid[unit.item][0] for unit in units)
+        return Batch(parts.pop("x"), units[0].grid, parts, texts, seeds, frames)
 
     def _rows(self, name: str, number: int) -> Tensor:
         if number not in self.cut:

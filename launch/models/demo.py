@@ -38,7 +38,7 @@ class DemoAdapter(TextSide):
     """See launch.models.base.Adapter for the methods."""
 
     name = "demo"
-    channels = frozenset({"cls_attn", "recv_attn", "keys", "queries", "patches", "pixels"})
+    channels = frozenset({"cls_attn", "cls_logits", "recv_attn", "keys", "queries", "patches", "pixels"})
     notes = (NOTE,)
 
     def __init__(self, encoder: Any, model: Any, tokenizer: Any) -> None:

@@ -61,10 +61,12 @@ def graph_outputs(pixels: np.ndarray) -> list[np.ndarray]:
 def test_features_attention_and_keys_equal_the_onnx_graph(weights, frames) -> None:
     pixels = normalise(frames[1])[None]
     features, attention, keys = graph_outputs(pixels.numpy())
-    out = load(weights)(pixels)
+    out = load(weights)(pixels, ("cls_attn", "keys", "cls_logits"))
     np.testing.assert_allclose(out["x"].numpy(), features[:, 1:], rtol=0, atol=1e-4)
     np.testing.assert_allclose(out["cls_attn"][..., -1].numpy(), attention[:, :, 0, 1:].mean(1), rtol=0, atol=1e-6)
     np.testing.assert_allclose(out["keys"].flatten(2).numpy(), keys[:, 1:], rtol=0, atol=1e-4)
+    by_head = attention[:, :, 0, 1:] / attention[:, :, 0, 1:].sum(-1, keepdims=True)
+    np.testing.assert_allclose(out["cls_logits"].softmax(1).numpy(), by_head.swapaxes(1, 2), rtol=0, atol=1e-5)
     assert features.std() > 0.5 and attention.std() > 1e-3
 
 

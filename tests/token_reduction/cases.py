@@ -34,6 +34,7 @@ def channels_of(x: Tensor, items: int, generator: torch.Generator) -> dict[str, 
     return {
         "cls_attn": torch.rand(n, 2, generator=generator) ** 4 / n,
         "recv_attn": torch.rand(n, 2, generator=generator) ** 4 / n,
+        "cls_logits": 3 * torch.randn(n, 3, generator=generator),
         "keys": x.float() @ torch.randn(width, 6, generator=generator),
         "queries": torch.randn(n, 6, generator=generator),
         "patches": torch.randn(n, width, generator=generator),

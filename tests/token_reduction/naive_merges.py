@@ -127,7 +127,9 @@ def medoids(d, count, first):
         centres.append(max(free, key=lambda j: min(d[j][c] for c in centres)))
     while True:
         groups = {c: [j for j in range(len(d)) if min(centres, key=lambda e, j=j: d[j][e]) == c] for c in centres}
-        fresh = [min(g, key=lambda j: (sum(d[j][i] for i in g), j)) for g in groups.values()]
+        fresh = [
+            min(g, key=lambda j: (round(sum(d[j][i] for i in g), 9), j)) for g in groups.values()
+        ]  # ties are common
         if fresh == centres:
             return {c: sorted(g) for c, g in groups.items()}
         centres = fresh

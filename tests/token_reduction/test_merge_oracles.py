@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +10,7 @@ from tests.token_reduction import naive, naive_merges
 from tests.token_reduction.cases import one
 from tests.token_reduction.oracle_cases import SEEDS, H, N, W, data, kept, same_rows
 from token_reduction import Budget, build
+from token_reduction.reducers.prumerge import outliers
 
 
 @SEEDS
@@ -40,6 +42,22 @@ def test_prumerge_as_published_counts_attention_outliers_and_does_not_divide():
     grid = [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22]  # stride int(24 / 3) = 8, a third of it is 2
     plus = naive_merges.prumerge(attention, channels["keys"], [3, 9, 17, *grid], 32, False)
     same_rows("prumerge_plus", tokens, 20, plus, variant="paper")
+
+
+def test_prumerge_as_released_joins_the_heads_before_the_softmax():
+    g = torch.Generator().manual_seed(2)
+    _, channels, _ = data()
+    q, k = torch.randn(3, 4, generator=g, dtype=torch.float64), torch.randn(N, 3, 4, generator=g, dtype=torch.float64)
+    k[[3, 9]] = q  # two outliers
+    logits = torch.einsum("hd,nhd->nh", q, k) / 2.0  # 4 numbers a head
+    attention = torch.softmax(k.flatten(1) @ q.flatten() / 12**0.5, 0)  # 12 numbers in all, no heads
+    tokens = one(torch.randn(N, 5), (1, H, W), cls_logits=logits, keys=channels["keys"])
+    chosen = [j for j in range(N) if float(attention[j]) > 4.0 / N]
+    count = len(chosen) + 6
+    expected = naive_merges.prumerge(attention, channels["keys"], naive.best(attention, outliers(attention)), 32, False)
+    same_rows("prumerge", tokens, count, expected, variant="released")
+    with pytest.raises(ValueError, match="needs the channels cls_logits, keys"):
+        kept("prumerge", data()[2], 5, variant="released")
 
 
 def test_prumerge_plus_keeps_a_published_share_by_attention_and_spreads_the_rest():
@@ -130,6 +148,32 @@ def test_centerclip_spectral_separates_rings_that_medoids_cannot():
     assert {int(medoids.source[medoids.row == r].max()) // 40 for r in range(2)} == {1}
 
 
+@pytest.mark.parametrize(("graph", "variant"), [("knn", "best"), ("heat", "best"), ("heat", "released")])
+def test_centerclip_spectral_rows(graph, variant):
+    """Against numpy's own singular vectors of a Laplacian that is put together entry by entry."""
+    x = 3.0 * torch.randn(14, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    d, n, k = torch.cdist(x[None], x[None])[0].numpy(), 14, 4
+    if graph == "knn":
+        near = [sorted((j for j in range(n) if j != i), key=lambda j, i=i: d[i, j])[:3] for i in range(n)]
+        a = np.array([[float(j in near[i] or i in near[j]) for j in range(n)] for i in range(n)])
+    else:
+        a = np.exp(-((d / (1.0 if variant == "released" else float(x.norm(dim=1).max()))) ** 2) / 2 / 1.5**2)
+    laplacian = np.eye(n) - a / np.sqrt(np.outer(a.sum(0), a.sum(0)))
+    rows = np.linalg.svd(laplacian)[0][:, -k:]
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    apart = np.linalg.norm(rows[:, None] - rows[None], axis=-1)
+    expected = sorted(naive_merges.medoids(apart.tolist(), 4, int((apart**2).sum(0).argmin())))
+    options = {"algorithm": "spectral", "graph": graph, "variant": variant, "sigma": 1.5, "neighbours": 3}
+    assert kept("centerclip", one(x.float(), (1, 2, 7)), 4, **options) == expected
+
+
+def test_centerclip_links_five_neighbours_for_each_frame_of_a_segment():
+    tokens = data(frames=2)[2]
+    spectral = {"algorithm": "spectral", "graph": "knn"}
+    assert kept("centerclip", tokens, 6, **spectral) == kept("centerclip", tokens, 6, neighbours=10, **spectral)
+    assert kept("centerclip", tokens, 6, **spectral) != kept("centerclip", tokens, 6, neighbours=2, **spectral)
+
+
 @pytest.mark.parametrize(("count", "m", "t"), [(6, 2, 1.0), (12, 3, 1.2), (20, 12, 0.5), (3, 1, 99.0), (23, 2, 1.0)])
 def test_vflowopt_rows(count, m, t):
     _, channels, tokens = data(seed=count)
@@ -141,6 +185,22 @@ def test_vflowopt_rows(count, m, t):
     averaged = one(tokens.x, (1, H, W), keys=apart["keys"].mean(1))
     merged = build("tome").reduce(one(tokens.x, (1, H, W), keys=apart["keys"]), Budget.count(count))
     assert torch.equal(merged.dense(), build("tome").reduce(averaged, Budget.count(count)).dense())
+
+
+def test_vflowopt_as_released_joins_nothing_in_a_video():
+    _, channels, video = data(frames=2, seed=3)
+    picture = video.item(0)
+    queries, keys = channels["queries"][:N], channels["keys"][:N]
+    alone = one(picture.x[:N], (1, H, W), queries=queries, keys=keys)
+    expected = naive_merges.vflowopt(queries, keys, H, W, 1, 2.0, 3, 8)
+    same_rows("vflowopt", alone, 8, expected, m=3, variant="released")
+    score = build("vflowopt").reduce(alone, Budget.count(8)).scores
+    released = build("vflowopt", m=3, variant="released").reduce(video, Budget.count(16))
+    assert released.one_hot and released.index[:8].tolist() == sorted(naive.best(score, 8))
+    assert not build("vflowopt", m=3).reduce(video, Budget.count(16)).one_hot
+    assert build("vflowopt", m=3, recycle=False).reduce(alone, Budget.count(8)).one_hot
+    both = build("vflowopt", m=3, variant="released", recycle=True).reduce(video, Budget.count(16))
+    assert torch.equal(both.dense()[:8, :N], expected[1])
 
 
 def test_vflowopt_prefers_patches_with_much_in_them():

@@ -70,7 +70,9 @@ def test_dpp_of_a_published_kernel():
     kernel = kernel.double()
     for count, order in ((1, [1]), (3, [1, 0, 3])):
         assert (
-            dpp_of(lambda i, left: kernel[i], kernel.diagonal(), count, 4).tolist() == order == naive.dpp(kernel, count)
+            dpp_of(lambda i, left: kernel[i], kernel.diagonal()[None], count, 4).tolist()[0]
+            == order
+            == naive.dpp(kernel, count)
         )
 
 
@@ -155,8 +157,8 @@ def test_correlation_draws_in_proportion():
 def test_coverage_with_and_without_its_matrix_makes_the_same_choice(count):
     x = torch.randn(60, 5, generator=torch.Generator().manual_seed(count))
     x = torch.cat([x, x[:20]])  # equal tokens: ties everywhere
-    q = unit_rows(x)
-    cover = Cover(cosines(q), q.new_zeros(80), -1.0)
+    q = unit_rows(x)[None]
+    cover = Cover(cosines(q), q.new_zeros(1, 80), -1.0)
     held, lazy = greedy(cover, count), greedy(cover, count, held_bytes=0)
     assert held[0].tolist() == lazy[0].tolist()
     assert held[1].tolist() == lazy[1].tolist()

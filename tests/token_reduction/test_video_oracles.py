@@ -90,7 +90,7 @@ def test_vidcom2_gives_more_to_the_frame_that_stands_out():
 @pytest.mark.parametrize(("t", "longest"), [(7, 32), (8, 3), (2, 32), (1, 4)])
 def test_holitom_cuts_where_most_still_tokens_fall_away(t, longest):
     quiet = torch.rand(max(0, t - 1), CELLS, generator=torch.Generator().manual_seed(t)) > 0.4
-    cuts = HoliTom(longest=longest).cuts(quiet, t)
+    (cuts,) = HoliTom(longest=longest).cuts(quiet[None], t)
     assert [f for a, b in cuts for f in range(a, b)] == list(range(t))
     assert all(b - a <= longest for a, b in cuts)
     saved = sum(int(quiet[a : b - 1].all(0).sum()) * (b - a - 1) for a, b in cuts if b - a > 1)
@@ -125,9 +125,10 @@ def test_fastvid_cuts_at_the_deepest_changes_and_below_tau():
     g = torch.Generator().manual_seed(0)
     scenes = torch.randn(3, 8, generator=g)
     x = torch.stack([scenes[f // 3] for f in range(9)])[:, None] + 0.02 * torch.randn(9, CELLS, 8, generator=g)
-    assert build("fastvid", segments=1).cuts(x) == [(0, 3), (3, 6), (6, 9)]
-    assert build("fastvid", segments=3, tau=-1.0).cuts(x) == [(0, 3), (3, 6), (6, 9)]
-    assert build("fastvid", segments=9, tau=-1.0).cuts(x) == [(f, f + 1) for f in range(9)]
+    scenes, frames = [(0, 3), (3, 6), (6, 9)], [(f, f + 1) for f in range(9)]
+    assert build("fastvid", segments=1).cuts(x[None]) == [scenes]
+    assert build("fastvid", segments=3, tau=-1.0).cuts(x[None]) == [scenes]
+    assert build("fastvid", segments=9, tau=-1.0).cuts(torch.stack([x, x.flip(0)])) == [frames, frames]
 
 
 def test_fastvid_keeps_the_attended_and_merges_the_rest_around_their_centres():
@@ -159,7 +160,11 @@ def crops(seed=0, lines=2, columns=3, h=4, w=4):
     g = torch.Generator().manual_seed(seed)
     score = torch.rand(1 + lines * columns, h * w, generator=g) ** 2
     n = score.numel()
-    return score, one(torch.randn(n, 3), (1 + lines * columns, h, w), cls_attn=score.flatten())
+    heads = score.flatten()[:, None] + torch.randn(n, 1, generator=g) * torch.tensor(
+        [[1.0, -2.0, 1.0]]
+    )  # their mean is the score
+    channels = {"cls_attn": score.flatten(), "cls_logits": heads}
+    return score, one(torch.randn(n, 3), (1 + lines * columns, h, w), **channels)
 
 
 def by_hand(score, lines, columns, h, w, ratio):

@@ -15,11 +15,11 @@ import torch
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.selectors.pairs import merge_rounds
-from token_reduction.unit_reducer import BatchReducer
+from token_reduction.unit_reducer import UnitReducer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Aim(BatchReducer):
+class Aim(UnitReducer):
     """Keep k rows of each frame by bipartite merging of features; a merged row is the plain mean of its rows.
 
     A quarter of the tokens takes two rounds (n/2, then n/4), as published; other counts take as many as they need.

@@ -7,6 +7,7 @@ Source: CATP, contextually adaptive token pruning for multimodal in-context lear
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,7 +15,8 @@ import torch
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.exact import fixed_mean, unit_rows
-from token_reduction.selectors.coverage import Cover, cosines, greedy
+from token_reduction.reducers.facility import chosen
+from token_reduction.selectors.coverage import Cover, cosines, fits, greedy
 from token_reduction.unit_reducer import UnitReducer
 
 
@@ -41,9 +43,11 @@ class Catp(UnitReducer):
     def work(self, item: tuple[int, int, int], count: int, width: int) -> float:
         return float(item[0] * item[1] * item[2]) ** 2 * width
 
-    def select_one(self, batch: Batch, count: int) -> Selection:
-        q = batch.units()[0]
-        mean = unit_rows(fixed_mean(batch.text.to(q.device))[None])[0]
-        bonus = self.weight * (q @ mean * 0.5 + 0.5)
-        order, gains = greedy(Cover(cosines(q, low=0.0), bonus, 0.0), count)
-        return Selection(order.sort().values, scores=torch.zeros_like(bonus).index_put_((order,), gains))
+    def select(self, batch: Batch, count: int) -> Sequence[Selection]:
+        if len(batch.x) > 1 and not fits(batch.x.shape[1]):
+            return batch.one_by_one(lambda one: self.select(one, count))
+        q = batch.units()
+        mean = unit_rows(torch.stack([fixed_mean(text.to(q.device)) for text in batch.texts])[:, None])
+        bonus = self.weight * ((q @ mean.mT)[..., 0] * 0.5 + 0.5)
+        cover = Cover(cosines(q, low=0.0), bonus, 0.0)
+        return chosen(*greedy(cover, count), cover)

@@ -7,6 +7,7 @@ Source: CDPruner, "Beyond Attention or Similarity: Maximizing Conditional Divers
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -52,11 +53,14 @@ class CDPruner(UnitReducer):
     def work(self, item: tuple[int, int, int], count: int, width: int) -> float:
         return float(item[0] * item[1] * item[2]) * count * (width + min(count, self.block or width))
 
-    def select_one(self, batch: Batch, count: int) -> Selection:
-        q = batch.units()[0]
-        quality = torch.ones_like(q[:, 0])
+    def select(self, batch: Batch, count: int) -> Sequence[Selection]:
+        q = batch.units()
+        quality = torch.ones_like(q[..., 0])
         if self.relevance:
-            seen, text = batch.units("patches")[0], unit_rows(batch.text.to(q.device))
-            value = -(seen @ text.mT).mean(1)
-            quality = (value - value.min() + 1e-6) / (value.max() - value.min() + 1e-6)
-        return Selection(dpp(q, count, quality, self.block).sort().values, scores=quality)
+            seen = batch.units("patches")
+            text = [unit_rows(each.to(q.device)) for each in batch.texts]
+            value = -torch.stack([(rows @ words.mT).mean(1) for rows, words in zip(seen, text)])
+            low, high = value.amin(1, keepdim=True), value.amax(1, keepdim=True)
+            quality = (value - low + 1e-6) / (high - low + 1e-6)
+        kept = dpp(q, count, quality, self.block).sort(-1).values
+        return [Selection(k, scores=r) for k, r in zip(kept, quality)]

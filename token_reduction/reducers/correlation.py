@@ -9,6 +9,7 @@ Source: token-level correlation-guided compression for document understanding; a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -45,17 +46,22 @@ class Correlation(UnitReducer):
     def adaptive(self) -> bool:
         return self.variant != "best"
 
-    def select_one(self, batch: Batch, count: int) -> Selection:
-        shallow, deep = batch.attention(layer=0)[0], batch.attention(layer=-1)[0]
-        chance = None
+    def select(self, batch: Batch, count: int) -> Sequence[Selection]:
         if self.adaptive:
-            count = min(count, math.ceil(self.density(batch.units()[0]) * len(deep)))
-            chance = batch.generator(0)
-        first = _pick(shallow, count - count // 2, chance)
-        left = deep.clone()
-        left[first] = -torch.inf if chance is None else 0.0
-        kept = torch.cat([first, _pick(left, count // 2, chance)])
-        return Selection(kept.sort().values, scores=(shallow + deep) / 2)
+            return batch.one_by_one(lambda one: [self.drawn(one, count)])
+        shallow, deep = batch.attention(layer=0), batch.attention(layer=-1)
+        first = top(shallow, count - count // 2)
+        second = top(deep.scatter(1, first, -torch.inf), count // 2)
+        kept = torch.cat([first, second], 1).sort(1).values
+        return [Selection(k, scores=score) for k, score in zip(kept, (shallow + deep) / 2)]
+
+    def drawn(self, one: Batch, count: int) -> Selection:
+        """The answer of one unit where its density sets the count."""
+        shallow, deep = one.attention(layer=0)[0], one.attention(layer=-1)[0]
+        count, chance = min(count, math.ceil(self.density(one.units()[0]) * len(deep))), one.generator(0)
+        first = _draw(shallow, count - count // 2, chance)
+        second = _draw(deep.index_fill(0, first, 0.0), count // 2, chance)
+        return Selection(torch.cat([first, second]).sort().values, scores=(shallow + deep) / 2)
 
     def density(self, q: Tensor) -> float:
         """Share of rows that no row before them repeats: dropping repeats one by one leaves these."""
@@ -67,9 +73,9 @@ class Correlation(UnitReducer):
         return 1.0 - float(dropped.double().mean())
 
 
-def _pick(weight: Tensor, count: int, chance: torch.Generator | None) -> Tensor:
-    """The `count` largest, or drawn in proportion (exponential races) among those above 0."""
-    if chance is None or count == 0:
-        return top(weight, count)
+def _draw(weight: Tensor, count: int, chance: torch.Generator) -> Tensor:
+    """`count` drawn in proportion (exponential races), those of weight 0 last."""
+    if count == 0:
+        return torch.zeros(0, dtype=torch.int64, device=weight.device)
     drawn = torch.empty(weight.shape, dtype=torch.float64).exponential_(generator=chance).to(weight.device)
     return top(torch.where(weight > 0, weight / drawn, -drawn), count)

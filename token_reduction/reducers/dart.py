@@ -8,13 +8,15 @@ Source: DART, "Stop Looking for Important Tokens in Multimodal Language Models: 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from token_reduction.batch import Batch, Selection
-from token_reduction.exact import spread, top, unit_rows
+from token_reduction.exact import marked, rows_at, spread, top, unit_rows
 from token_reduction.unit_reducer import UnitReducer
 
 
@@ -24,7 +26,7 @@ class Dart(UnitReducer):
 
     Args:
         pivots: how many, among the kept tokens.
-        text_pivots: rows of `text` with the largest norm that choose as well and are not kept.
+        text_pivots: rows of `text` with the largest norm that choose as well and are not kept; in the space of what is compared.
         keys: compare keys instead of features.
         variant: "best" takes 8 pivots among the tokens. "paper" and "released" take 4 of them and 4 text pivots.
 
@@ -57,21 +59,30 @@ class Dart(UnitReducer):
         )
 
     @property
+    def text_space(self) -> str:
+        return "keys" if self.keys else "x"
+
+    @property
     def needs(self) -> frozenset[str]:
         return frozenset({"keys"} if self.keys else set()) | ({"text"} if self.pivot_counts[1] else set())
 
-    def select_one(self, batch: Batch, count: int) -> Selection:
-        raw = (batch.channels["keys"].flatten(2) if self.keys else batch.x)[0]
-        q, (own, words) = batch.units("keys" if self.keys else None)[0], self.pivot_counts
-        first = top(raw.double().abs().sum(1), min(own, count))
-        directions = q[first]
+    def select(self, batch: Batch, count: int) -> Sequence[Selection]:
+        own, words = self.pivot_counts
+        fewest = [min(words, len(text)) for text in batch.texts] if words else []
+        if len(set(fewest)) > 1:  # each unit has as many directions
+            return batch.by(fewest, lambda part: self.select(part, count))
+        raw = batch.channels["keys"].flatten(2) if self.keys else batch.x
+        q = batch.units("keys" if self.keys else None)
+        first = top(raw.double().abs().sum(-1), min(own, count))
+        directions = rows_at(q, first)
         if words:
-            text = batch.text.to(q.device)
-            loudest = top(text.double().abs().sum(1), min(words, len(text)))
-            directions = torch.cat([directions, unit_rows(text)[loudest]])
-        taken = torch.zeros(len(q), dtype=torch.bool, device=q.device)
-        taken[first] = True
-        for direction, share in zip(directions, spread(count - len(first), len(directions))):
-            alike = (q @ direction).masked_fill(taken, torch.inf)
-            taken[top(-alike, share)] = True
-        return Selection(taken.nonzero()[:, 0])
+            directions = torch.cat([directions, torch.stack([self.loudest(text.to(q)) for text in batch.texts])], 1)
+        taken = torch.zeros(q.shape[:2], dtype=torch.bool, device=q.device).scatter_(1, first, True)
+        for direction, share in enumerate(spread(count - first.shape[1], directions.shape[1])):
+            alike = (q @ directions[:, direction, :, None])[..., 0].masked_fill(taken, torch.inf)
+            taken.scatter_(1, top(-alike, share), True)
+        return [Selection(kept) for kept in marked(taken)]
+
+    def loudest(self, text: Tensor) -> Tensor:
+        """Unit rows of the text pivots."""
+        return unit_rows(text)[top(text.double().abs().sum(1), self.pivot_counts[1])]

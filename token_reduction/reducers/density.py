@@ -19,13 +19,13 @@ from torch import Tensor
 from token_reduction.batch import Batch, Selection
 from token_reduction.exact import rest, rows_at, top
 from token_reduction.selectors.cluster import density_peaks, join_nearest, longest, scaled_rows
-from token_reduction.unit_reducer import BatchReducer
+from token_reduction.unit_reducer import UnitReducer
 
 _FALLBACK = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class SeTok(BatchReducer):
+class SeTok(UnitReducer):
     """Keep k clusters of each frame, each the mean of its tokens at its centre.
 
     Args:
@@ -71,7 +71,7 @@ class SeTok(BatchReducer):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Vmtc(BatchReducer):
+class Vmtc(UnitReducer):
     """Keep k rows of each frame: primary tokens by [CLS] attention, the others merged in density-peak clusters.
 
     Args:

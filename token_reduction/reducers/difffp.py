@@ -7,6 +7,7 @@ Source: VideoLLaMA 3, "Frontier Multimodal Foundation Models for Image and Video
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -41,17 +42,18 @@ class DiffFP(UnitReducer):
     def adaptive(self) -> bool:
         return self.variant != "best"
 
-    def select_one(self, batch: Batch, count: int) -> Selection:
+    def select(self, batch: Batch, count: int) -> Sequence[Selection]:
         t, h, w = batch.grid
-        pixels = batch.channels["pixels"][0].double().reshape(t, h * w, -1)
-        score = pixels.new_full((t, h * w), 255.0)
-        score[1:] = 255.0 * (pixels[1:] - pixels[:-1]).abs().mean(-1)
-        if self.adaptive:
-            keep = score > self.threshold
-            keep[torch.arange(t), score.argmax(1)] = True
-            count = min(count, int(keep.sum()))
-            ranked = torch.where(keep, score, -1.0)
-            # A frame's own best token comes before others' second best, so that no frame is left empty while k lasts.
-            ranked[torch.arange(t), score.argmax(1)] += 512.0
-            return Selection(top(ranked.flatten(), count).sort().values, scores=score.flatten())
-        return Selection(top(score.flatten(), count).sort().values, scores=score.flatten())
+        pixels = batch.channels["pixels"].double().reshape(len(batch.x), t, h * w, -1)
+        score = pixels.new_full(pixels.shape[:3], 255.0)
+        score[:, 1:] = 255.0 * (pixels[:, 1:] - pixels[:, :-1]).abs().mean(-1)
+        if not self.adaptive:
+            kept = top(score.flatten(1), count).sort(-1).values
+            return [Selection(k, scores=s.flatten()) for k, s in zip(kept, score)]
+        most = score.argmax(2, keepdim=True)
+        keep = (score > self.threshold).scatter(2, most, True)
+        ranked = torch.where(keep, score, -1.0)
+        # A frame's own best token comes before others' second best, so that no frame is left empty while k lasts.
+        ranked.scatter_add_(2, most, torch.full_like(most, 512, dtype=ranked.dtype))
+        order, counts = top(ranked.flatten(1), count), keep.sum((1, 2)).tolist()
+        return [Selection(o[:c].sort().values, scores=s.flatten()) for o, c, s in zip(order, counts, score)]

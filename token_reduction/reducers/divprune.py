@@ -22,11 +22,10 @@ from token_reduction.exact import unit_rows
 from token_reduction.reducer import Reducer, refuse_unfinite
 from token_reduction.reduction import Reduction
 from token_reduction.rows import UnitRows, item_mean
-from token_reduction.selectors.farthest import Farthest, farthest_batch
+from token_reduction.selectors.farthest import SMALL, Farthest, farthest_batch
 from token_reduction.tokens import TokenShard
 from tokenring.transport import Transport
 
-_SMALL = 1024  # tokens of an item whose distances may all be held
 _TOGETHER = 2**23  # distances held at once
 
 
@@ -100,7 +99,7 @@ class DivPrune(Reducer):
         kept: dict[int, Tensor] = {}
         alike: dict[tuple[int, int], list[int]] = {}
         for item, (length, count) in enumerate(zip(lengths, counts)):
-            if count and length <= _SMALL and self.variant != "released":
+            if count and length <= SMALL and self.variant != "released":
                 alike.setdefault((length, count), []).append(item)
         for (length, count), items in alike.items():
             step = max(1, _TOGETHER // length**2)

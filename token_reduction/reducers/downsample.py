@@ -17,11 +17,11 @@ from torch import Tensor
 from token_reduction.batch import Batch, Selection
 from token_reduction.budget import Budget
 from token_reduction.reducers.pool import Pool
-from token_reduction.unit_reducer import BatchReducer
+from token_reduction.unit_reducer import UnitReducer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Downsample(BatchReducer):
+class Downsample(UnitReducer):
     """Keep (T, h', w') rows per item, the largest grid that fits the budget (as `pool`), each interpolated from its four
     nearest tokens and placed at the nearest of them.
 

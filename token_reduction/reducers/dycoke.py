@@ -7,14 +7,15 @@ Source: DyCoke, "Dynamic Compression of Tokens for Fast Video Large Language Mod
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from token_reduction.batch import Batch, Selection
-from token_reduction.exact import spread, top
+from token_reduction.exact import best_of_each, marked, spread
 from token_reduction.unit_reducer import UnitReducer
+
+_BACK = (4, 1, 2, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,19 +33,20 @@ class DyCoke(UnitReducer):
     source: ClassVar[str] = "DyCoke, temporal token merging"
     form: ClassVar[str] = "authors'"
 
-    def select_one(self, batch: Batch, count: int) -> Selection:
+    def select(self, batch: Batch, count: int) -> Sequence[Selection]:
         t, h, w = batch.grid
-        cells = h * w
-        q = batch.units()[0].view(t, cells, -1)
-        change = q.new_full((t, cells), 2.0)
-        back = [0, 1, 2, 1]
+        q = batch.units().unflatten(1, (t, h * w))
+        change = q.new_full(q.shape[:3], 2.0)
         for frame in range(1, t):
-            before = frame - (back[frame % 4] or 4)
-            change[frame] = 1 - (q[frame] * q[before]).sum(-1)
-        first = list(range(0, t, 4))
-        others = [frame for frame in range(t) if frame % 4]
-        whole = min(count, len(first) * cells)
-        shares = dict(zip(first, spread(whole, len(first))))
-        shares |= dict(zip(others, spread(count - whole, len(others)))) if others else {}
-        kept = [frame * cells + top(change[frame], share) for frame, share in shares.items()]
-        return Selection(torch.cat(kept).sort().values, scores=change.flatten())
+            before = frame - _BACK[frame % 4]
+            change[:, frame] = 1 - (q[:, frame] * q[:, before]).sum(-1)
+        kept = marked(best_of_each(change, self.shares(t, h * w, count)).flatten(1))
+        return [Selection(k, scores=score.flatten()) for k, score in zip(kept, change)]
+
+    @staticmethod
+    def shares(frames: int, cells: int, count: int) -> list[int]:
+        """Tokens of each frame."""
+        first, others = -(-frames // 4), frames - -(-frames // 4)
+        whole = min(count, first * cells)
+        leading, following = iter(spread(whole, first)), iter(spread(count - whole, others) if others else [])
+        return [next(following if frame % 4 else leading) for frame in range(frames)]

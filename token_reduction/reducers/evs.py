@@ -73,11 +73,13 @@ class EVS(Reducer):
         packed = torch.stack([shard.global_index.double(), local], 1)
         for part in transport.all_gather(packed):
             everywhere[part[:, 0].long()] = part[:, 1]
-        kept = []
-        for first, last, count in zip(shard.cu_seqlens[:-1].tolist(), shard.cu_seqlens[1:].tolist(), counts):
-            order = torch.sort(everywhere[first:last], descending=True, stable=True).indices
-            kept.append(first + order[:count].sort().values)
-        return Reduction.keep(shard, kept, local.float())
+        starts = shard.cu_seqlens.to(local.device)
+        item = torch.repeat_interleave(starts.diff())
+        order = torch.sort(everywhere, descending=True, stable=True).indices
+        order = order[torch.sort(item[order], stable=True).indices]  # item by item, the best of each first
+        rank = torch.arange(shard.total, device=local.device) - starts[item]
+        kept = order[rank < torch.tensor(counts, device=local.device)[item]].sort().values
+        return Reduction.keep(shard, kept.split(list(counts)), local.float())
 
     def change(self, shard: TokenShard, transport: Transport) -> Tensor:
         """s of this rank's rows, (n,) float64, in bits that do not depend on the partition."""

@@ -5,14 +5,18 @@ F(Y) = sum_i max_{y in Y} cos(x_i, y),   grown greedily: within 1 - 1/e of the b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from token_reduction.batch import Batch, Selection
-from token_reduction.selectors.coverage import Cover, cosines, drawn, greedy
+from token_reduction.selectors.coverage import Cover, cosines, drawn, fits, greedy
 from token_reduction.unit_reducer import UnitReducer
+
+_SAMPLERS = ("exact", "stochastic")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +46,7 @@ class Facility(UnitReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sampler not in ("exact", "stochastic"):
+        if self.sampler not in _SAMPLERS:
             raise ValueError(
                 f"facility has sampler exact or stochastic, got {self.sampler!r}; exact is greedy's own choice"
             )
@@ -52,9 +56,18 @@ class Facility(UnitReducer):
     def work(self, item: tuple[int, int, int], count: int, width: int) -> float:
         return float(item[0] * item[1] * item[2]) ** 2 * width
 
-    def select_one(self, batch: Batch, count: int) -> Selection:
-        q = batch.units(center=self.center)[0]
-        cover = Cover(cosines(q), q.new_zeros(len(q)), -1.0)
+    def select(self, batch: Batch, count: int) -> Sequence[Selection]:
         stochastic = self.sampler == "stochastic"
-        order, gains = drawn(cover, count, batch.generator(0), self.accuracy) if stochastic else greedy(cover, count)
-        return Selection(order.sort().values, scores=torch.zeros_like(q[:, 0]).index_put_((order,), gains))
+        if len(batch.x) > 1 and (stochastic or not fits(batch.x.shape[1])):
+            return batch.one_by_one(lambda one: self.select(one, count))
+        q = batch.units(center=self.center)
+        cover = Cover(cosines(q), q.new_zeros(q.shape[:2]), -1.0)
+        return chosen(
+            *(drawn(cover, count, batch.generator(0), self.accuracy) if stochastic else greedy(cover, count)), cover
+        )
+
+
+def chosen(order: Tensor, gains: Tensor, cover: Cover) -> list[Selection]:
+    """The units' answers from the order of choice and the gains, (B, count); scores are the gains."""
+    scores = torch.zeros_like(cover.bonus).scatter_(1, order, gains)
+    return [Selection(kept, scores=score) for kept, score in zip(order.sort(-1).values, scores)]

@@ -10,6 +10,7 @@ Source: FastVID, "Dynamic Density Pruning for Fast Video Large Language Models" 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
@@ -19,9 +20,11 @@ from torch import Tensor
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.budget import apportion
-from token_reduction.exact import fixed_mean, rest, spread, top, unit_rows
+from token_reduction.exact import best_of_each, fixed_mean, rows_at, spread, top, unit_rows
 from token_reduction.selectors.cluster import density_peaks, join_nearest, scaled_rows
 from token_reduction.unit_reducer import UnitReducer
+
+_ENTRIES = 2**24  # distances of anchors held at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,62 +54,77 @@ class FastVID(UnitReducer):
     def work(self, item: tuple[int, int, int], count: int, width: int) -> float:
         return float(item[0] * item[1] * item[2]) ** 2 * width / self.stride
 
-    def select_one(self, batch: Batch, count: int) -> Selection:
+    def select(self, batch: Batch, count: int) -> Sequence[Selection]:
         t, h, w = batch.grid
-        attention = batch.attention()[0].view(t, h * w)
-        cuts = self.cuts(batch.x[0].view(t, h * w, -1))
-        lengths = [last - first for first, last in cuts]
-        shares = apportion(count, lengths, [n * h * w for n in lengths])
-        kept, rows, sources, weights, before = [], [], [], [], 0
-        for (first, last), share in zip(cuts, shares):
-            if share == 0:
-                continue
-            part = self.segment(batch.x[0, first * h * w : last * h * w], attention[first:last], share)
-            kept.append(first * h * w + part.kept)
-            rows.append(before + part.row)
-            sources.append(first * h * w + part.source)
-            weights.append(part.weight)
-            before += share
-        joined = (torch.cat(value) for value in (kept, rows, sources, weights))
-        return Selection.merge(*joined, scores=attention.flatten())
+        n, attention = h * w, batch.attention()
+        found: list[list[tuple[Tensor, ...]]] = [[] for _ in batch.x]
+        alike: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+        for unit, cuts in enumerate(self.cuts(batch.x.unflatten(1, (t, n)))):
+            lengths, before = [last - first for first, last in cuts], 0
+            for (first, last), share in zip(cuts, apportion(count, lengths, [frames * n for frames in lengths])):
+                if share:
+                    alike.setdefault((last - first, share), []).append((unit, first * n, before))
+                before += share
+        for (frames, share), runs in alike.items():
+            size = max(1, _ENTRIES // (frames * n) ** 2)
+            for part in (runs[i : i + size] for i in range(0, len(runs), size)):
+                x = torch.stack([batch.x[unit, first : first + frames * n] for unit, first, _ in part])
+                looks = torch.stack([attention[unit, first : first + frames * n] for unit, first, _ in part])
+                for (unit, first, before), (kept, row, source, weight) in zip(
+                    part, zip(*self.segments_of(x, looks.unflatten(1, (frames, n)), share))
+                ):
+                    found[unit].append((first + kept, before + row, first + source, weight))
+        return [self.joined(parts, score) for parts, score in zip(found, attention)]
 
-    def cuts(self, x: Tensor) -> list[tuple[int, int]]:
-        """Segments (first, last) of frames x (T, N, D)."""
-        pooled = unit_rows(torch.stack([fixed_mean(frame) for frame in x]))
-        alike = (pooled[1:] * pooled[:-1]).sum(-1)
-        low = top(-alike, self.segments - 1)
-        starts = {int(i) + 1 for i in low} | {int(i) + 1 for i in (alike < self.tau).nonzero()[:, 0]}
-        edges = [0, *sorted(starts), len(x)]
-        return list(pairwise(edges))
+    @staticmethod
+    def joined(parts: list[tuple[Tensor, ...]], score: Tensor) -> Selection:
+        """A unit's answer from its segments' kept tokens, rows, sources and weights."""
+        parts = sorted(parts, key=lambda part: int(part[0][0]))
+        return Selection.merge(*(torch.cat(values) for values in zip(*parts)), scores=score)
 
-    def segment(self, x: Tensor, attention: Tensor, count: int) -> Selection:
-        """`count` rows of one segment: x (M, D), attention (frames, N)."""
-        frames, cells = attention.shape
-        anchors = torch.arange(len(x), device=x.device).view(frames, cells)[:: self.stride].flatten()
-        merged = min(round(self.merged * count), len(anchors))
-        salient = [f * cells + top(attention[f], n) for f, n in enumerate(spread(count - merged, frames))]
-        salient = torch.cat(salient).sort().values
-        anchors = anchors[~torch.isin(anchors, salient)]
-        others = rest(len(x), salient)
-        merged, rows = min(merged, len(anchors)), scaled_rows(x)
-        spare = count - len(salient) - merged
+    def cuts(self, x: Tensor) -> list[list[tuple[int, int]]]:
+        """Segments (first, last) of each unit's frames x (B, T, N, D)."""
+        pooled = unit_rows(fixed_mean(x))
+        alike = (pooled[:, 1:] * pooled[:, :-1]).sum(-1)
+        begins = (alike < self.tau).scatter(1, top(-alike, self.segments - 1), True)
+        edges = [[0, *(f + 1 for f, cut in enumerate(unit) if cut), x.shape[1]] for unit in begins.tolist()]
+        return [list(pairwise(unit)) for unit in edges]
+
+    def segments_of(self, x: Tensor, attention: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`count` rows of each of S segments, x (S, M, D), attention (S, frames, N): kept (S, count), and row, source, weight of
+        W's entries (S, m)."""
+        frames, cells = attention.shape[1:]
+        merged = min(round(self.merged * count), len(range(0, frames, self.stride)) * cells)
+        taken = best_of_each(attention, spread(count - merged, frames))
+        free = ~taken
+        free[:, torch.arange(frames, device=x.device) % self.stride > 0] = False
+        anchors = _places(free)
+        merged = min(merged, anchors.shape[1])
+        spare = count - int(taken[0].sum()) - merged
         if spare:
-            more = others[~torch.isin(others, anchors)]
-            salient = torch.cat([salient, more[top(attention.flatten()[more], spare)]]).sort().values
-            others = rest(len(x), salient)
+            more = attention.masked_fill(taken | free, -torch.inf).flatten(1)
+            taken = taken.flatten(1).scatter(1, top(more, spare), True)
+        salient, others = _places(taken), _places(~taken)
         if merged == 0:
-            index = torch.arange(count, device=x.device)
-            return Selection(salient, index, salient, torch.ones_like(salient, dtype=torch.float64))
-        centres = anchors[top(density_peaks(rows[anchors], self.neighbours), merged)].sort().values
-        kept = torch.cat([salient, centres]).sort().values
-        group = join_nearest(rows[others], torch.searchsorted(others, centres))
-        row = torch.cat([torch.searchsorted(kept, salient), torch.searchsorted(kept, centres)[group]])
-        source = torch.cat([salient, others])
-        return Selection.merge(kept, row, source, self.weights(kept, row, source))
+            row = torch.arange(count, device=x.device).expand_as(salient)
+            return salient, row, salient, torch.ones_like(salient, dtype=torch.float64)
+        rows = scaled_rows(x)
+        peaks = top(density_peaks(rows_at(rows, anchors), self.neighbours), merged)
+        centres = anchors.gather(1, peaks).sort(1).values
+        kept = torch.cat([salient, centres], 1).sort(1).values
+        group = join_nearest(rows_at(rows, others), torch.searchsorted(others, centres))
+        row = torch.cat([torch.searchsorted(kept, salient), torch.searchsorted(kept, centres).gather(1, group)], 1)
+        source = torch.cat([salient, others], 1)
+        return kept, row, source, self.weights(kept, row, source)
 
     def weights(self, kept: Tensor, row: Tensor, source: Tensor) -> Tensor:
         """alpha for a centre, (1 - alpha) / m for each of the m that joined it, 1 for a row of one token."""
-        joined = torch.bincount(row, minlength=len(kept))[row] - 1
-        own = kept[row] == source
+        joined = torch.zeros_like(kept).scatter_add_(1, row, torch.ones_like(row)).gather(1, row) - 1
+        own = kept.gather(1, row) == source
         share = torch.where(own, self.alpha, (1 - self.alpha) / joined.clamp_min(1).double())
         return torch.where(joined == 0, 1.0, share)
+
+
+def _places(mask: Tensor) -> Tensor:
+    """(S, m) places that are true in masks (S, ...) with as many each."""
+    return mask.flatten(1).nonzero()[:, 1].view(len(mask), -1)

@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.budget import apportion
-from token_reduction.exact import top
+from token_reduction.exact import best_of_each, marked
 from token_reduction.tokens import TokenShard
 from token_reduction.unit_reducer import UnitReducer
 
@@ -36,18 +36,22 @@ class GlobalCom2(UnitReducer):
         variant: "best" and "paper" share out exactly k. "released" rounds each crop down, as the released code does, and
             keeps fewer (`count` is an upper bound).
 
-    `cls_attn` holds scores of the last encoder layer; the released code takes them before the softmax. Scores: as above.
+    Scores are those of the last encoder layer, `cls_attn`; "released" takes them before the softmax, mean over heads, from
+    `cls_logits`. Scores: as above.
     """
 
     crops: tuple[int, int] | None = None
     image: tuple[float, float] | None = None
     temperature: float = 10.0
     name: ClassVar[str] = "globalcom2"
-    needs: ClassVar[frozenset[str]] = frozenset({"cls_attn"})
     cost: ClassVar[str] = "O(n log n)"
     source: ClassVar[str] = "GlobalCom2"
     form: ClassVar[str] = "authors'"
     features: ClassVar[bool] = False
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"cls_logits" if self.variant == "released" else "cls_attn"})
 
     @property
     def adaptive(self) -> bool:
@@ -67,36 +71,41 @@ class GlobalCom2(UnitReducer):
         lines = max((d for d in range(1, math.isqrt(crops) + 1) if crops % d == 0), default=1)
         return lines, crops // lines
 
-    def select_one(self, batch: Batch, count: int) -> Selection:
+    def select(self, batch: Batch, count: int) -> Sequence[Selection]:
         t, h, w = batch.grid
-        score = batch.attention()[0].view(t, h * w)
+        score = self.scores(batch).unflatten(1, (t, h * w))
         if t == 1:
-            return Selection(top(score[0], count).sort().values, scores=score[0])
+            kept = marked(best_of_each(score[:, 0], [count] * len(score)))
+            return [Selection(k, scores=s[0]) for k, s in zip(kept, score)]
         lines, columns = self.mosaic(t - 1)
-        thumb = score[0].view(1, 1, h, w)
-        wide = interpolate(thumb, (lines * h, columns * w), mode="bilinear", align_corners=False)[0, 0]
+        thumb = score[:, :1].unflatten(2, (h, w))
+        wide = interpolate(thumb, (lines * h, columns * w), mode="bilinear", align_corners=False)[:, 0]
         global_ = _tiles(wide, lines, columns)
-        real = _tiles(self.unpadded(lines * h, columns * w).to(wide.device), lines, columns)
-        own = score[1:]
-        both = _unit(own) + global_ / global_.norm().clamp_min(1e-30)
+        real = _tiles(self.unpadded(lines * h, columns * w).to(wide.device)[None], lines, columns)[0]
+        both = _unit(score[:, 1:]) + global_ / global_.flatten(1).norm(dim=1).clamp_min(1e-30)[:, None, None]
         both = torch.where(real, both, both - 4.0)
-        shares = self.shares(global_ * real, real, count, h * w)
-        parts = [score[0], *both]
-        kept = [f * h * w + top(part, share) for f, (part, share) in enumerate(zip(parts, shares))]
-        return Selection(torch.cat(kept).sort().values, scores=torch.cat(parts))
+        shares = torch.tensor(self.shares(global_ * real, real, count, h * w))
+        parts = torch.cat([score[:, :1], both], 1)
+        kept = marked(best_of_each(parts, shares).flatten(1))
+        return [Selection(k, scores=s.flatten()) for k, s in zip(kept, parts)]
 
-    def shares(self, falling: Tensor, real: Tensor, count: int, cells: int) -> list[int]:
-        """Tokens of the thumbnail and of each crop."""
-        ratio = count / (cells * (len(falling) + 1))
-        total = falling.sum(1)
-        sigma = torch.softmax((total - total.max()) / self.temperature, 0)
-        scale = (ratio * (1 + sigma - sigma.mean())).clamp(max=1.0)
-        thumb = max(1, int(cells * ratio))
-        usable = real.sum(1)
+    def scores(self, batch: Batch) -> Tensor:
+        """(B, n) float64."""
+        if self.variant != "released":
+            return batch.attention()
+        return batch.heads("cls_logits").mean(-1)
+
+    def shares(self, falling: Tensor, real: Tensor, count: int, cells: int) -> list[list[int]]:
+        """Tokens of the thumbnail and of each crop, for each unit: falling (B, crops, cells), real (crops, cells) bool."""
+        crops, total = len(real), falling.sum(2)
+        ratio = count / (cells * (crops + 1))
+        sigma = torch.softmax((total - total.amax(1, keepdim=True)) / self.temperature, 1)
+        scale = (ratio * (1 + sigma - sigma.mean(1, keepdim=True))).clamp(max=1.0)
+        thumb, usable = max(1, int(cells * ratio)), real.sum(1)
         if self.variant == "released":
-            return [thumb, *(usable * scale).int().tolist()]
-        caps = usable.tolist() if int(usable.sum()) >= count - thumb else [cells] * len(falling)
-        return [thumb, *apportion(count - thumb, (usable * scale).tolist(), caps)]
+            return [[thumb, *own] for own in (usable * scale).int().tolist()]
+        caps = usable.tolist() if int(usable.sum()) >= count - thumb else [cells] * crops
+        return [[thumb, *apportion(count - thumb, own, caps)] for own in (usable * scale).tolist()]
 
     def unpadded(self, height: int, width: int) -> Tensor:
         """(height, width) bool: places of the mosaic that show the picture, not its padding."""
@@ -114,10 +123,10 @@ class GlobalCom2(UnitReducer):
 
 
 def _tiles(mosaic: Tensor, lines: int, columns: int) -> Tensor:
-    """(lines h, columns w) -> (crops, h w)."""
-    h, w = mosaic.shape[0] // lines, mosaic.shape[1] // columns
-    return mosaic.view(lines, h, columns, w).permute(0, 2, 1, 3).reshape(lines * columns, h * w)
+    """(B, lines h, columns w) -> (B, crops, h w)."""
+    b, h, w = len(mosaic), mosaic.shape[1] // lines, mosaic.shape[2] // columns
+    return mosaic.view(b, lines, h, columns, w).permute(0, 1, 3, 2, 4).reshape(b, lines * columns, h * w)
 
 
 def _unit(score: Tensor) -> Tensor:
-    return score / score.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    return score / score.norm(dim=-1, keepdim=True).clamp_min(1e-30)

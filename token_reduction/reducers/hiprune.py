@@ -9,6 +9,7 @@ Source: HiPrune, "Training-Free Visual Token Pruning via Hierarchical Attention 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from token_reduction.batch import Batch, Selection
-from token_reduction.exact import top
+from token_reduction.exact import best_of_each, marked, top
 from token_reduction.unit_reducer import UnitReducer
 
 
@@ -41,25 +42,30 @@ class HiPrune(UnitReducer):
     scope: ClassVar[str] = "frame"
     features: ClassVar[bool] = False
 
-    def select_one(self, batch: Batch, count: int) -> Selection:
-        middle, deep = batch.attention("recv_attn", 0)[0], batch.attention("recv_attn", -1)[0]
+    def select(self, batch: Batch, count: int) -> Sequence[Selection]:
+        middle, deep = batch.attention("recv_attn", 0), batch.attention("recv_attn", -1)
         anchors = top(middle, min(count, round(count * self.alpha / 5)))
-        near = self.neighbours(anchors, batch.grid)
-        near = near[~torch.isin(near, anchors)]
-        taken = torch.cat([anchors, near[top(middle[near], count - len(anchors))]])
-        left = deep.clone()
-        left[taken] = -torch.inf
-        kept = torch.cat([taken, top(left, count - len(taken))])
-        return Selection(kept.sort().values, scores=deep)
+        taken = torch.zeros_like(middle, dtype=torch.bool).scatter_(1, anchors, True)
+        near = self.neighbours(anchors, batch.grid) & ~taken
+        taken |= _first(middle, near, near.sum(1).clamp(max=count - anchors.shape[1]))
+        taken |= _first(deep, ~taken, count - taken.sum(1))
+        return [Selection(kept, scores=score) for kept, score in zip(marked(taken), deep)]
 
     def neighbours(self, anchors: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """The anchors' four neighbours, each once, ascending."""
+        """(B, n) bool: the anchors' (B, m) four neighbours."""
         _, h, w = grid
+        mask = torch.zeros(len(anchors), h * w, dtype=torch.bool, device=anchors.device)
         if self.variant == "released":
             steps = torch.tensor([-w, -1, 1, w], device=anchors.device)
-            return (anchors[:, None] + steps).clamp(0, h * w - 1).unique()
-        steps = torch.tensor([[-1, 0], [0, -1], [0, 1], [1, 0]], device=anchors.device)
-        line = (anchors // w)[:, None] + steps[:, 0]
-        column = (anchors % w)[:, None] + steps[:, 1]
-        inside = (line >= 0) & (line < h) & (column >= 0) & (column < w)
-        return (line * w + column)[inside].unique()
+            return mask.scatter_(1, (anchors[..., None] + steps).clamp(0, h * w - 1).flatten(1), True)
+        for lines, columns in ((-1, 0), (0, -1), (0, 1), (1, 0)):
+            line, column = anchors // w + lines, anchors % w + columns
+            inside = (line >= 0) & (line < h) & (column >= 0) & (column < w)
+            unit, place = inside.nonzero(as_tuple=True)
+            mask[unit, (line * w + column)[unit, place]] = True
+        return mask
+
+
+def _first(score: Tensor, among: Tensor, counts: Tensor) -> Tensor:
+    """(B, n) bool: of each line the `counts` (B,) best of those `among`."""
+    return best_of_each(score.masked_fill(~among, -torch.inf), counts)

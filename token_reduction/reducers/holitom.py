@@ -11,6 +11,7 @@ in the model is a layer policy.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.budget import apportion
-from token_reduction.exact import top
+from token_reduction.exact import rest, rows_at, top
 from token_reduction.selectors.cluster import density_peaks, join_nearest, scaled_rows
 from token_reduction.unit_reducer import UnitReducer
 
@@ -53,54 +54,72 @@ class HoliTom(UnitReducer):
         if self.longest < 1 or not 0 <= self.merged <= 1:
             raise ValueError(f"holitom needs longest >= 1 and merged in 0..1, got {self.longest!r}, {self.merged!r}")
 
-    def select_one(self, batch: Batch, count: int) -> Selection:
+    def select(self, batch: Batch, count: int) -> Sequence[Selection]:
         t, h, w = batch.grid
-        n, attention = h * w, batch.attention()[0]
-        group = self.still(batch.units()[0].view(t, n, -1), count)
-        anchors = group.unique()
-        frames = anchors // n
-        sizes = torch.bincount(frames, minlength=t).tolist()
-        shares, first = apportion(count, [float(s) for s in sizes], sizes), 0
-        final = torch.full((t * n,), -1, device=group.device)
-        for size, share in zip(sizes, shares):
-            tokens = anchors[first : first + size]
-            first += size
-            if share:
-                chosen, place = self.frame(batch.x[0, tokens], attention[tokens], share)
-                final[tokens] = torch.where(place >= 0, tokens[chosen][place.clamp_min(0)], -1)
-        kept = final[final >= 0].unique()
-        member = final[group]
+        n, attention = h * w, batch.attention()
+        group = self.still(batch.units().unflatten(1, (t, n)), count)
+        anchors = [own.unique() for own in group]
+        final = torch.full_like(group, -1)
+        alike: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
+        for unit, own in enumerate(anchors):
+            sizes = torch.bincount(own // n, minlength=t).tolist()
+            shares = apportion(count, [float(size) for size in sizes], sizes)
+            for tokens, share in zip(own.split(sizes), shares):
+                if share:
+                    alike.setdefault((len(tokens), share), []).append((unit, tokens))
+        for (_, share), frames in alike.items():
+            unit = torch.tensor([u for u, _ in frames], device=group.device)[:, None]
+            tokens = torch.stack([own for _, own in frames])
+            chosen, place = self.frames(batch.x[unit, tokens], attention[unit, tokens], share)
+            final[unit, tokens] = torch.where(place >= 0, tokens.gather(1, chosen).gather(1, place.clamp_min(0)), -1)
+        return [self.answer(*unit) for unit in zip(final, group, attention)]
+
+    @staticmethod
+    def answer(final: Tensor, group: Tensor, attention: Tensor) -> Selection:
+        """A unit's answer: `final` (n,) the kept token of each anchor, -1 for none; group (n,) the anchor of each token."""
+        kept, member = final[final >= 0].unique(), final[group]
         row = torch.where(member >= 0, torch.searchsorted(kept, member.clamp_min(0)), -1)
         return Selection.groups(kept, row, attention)
 
     def still(self, q: Tensor, count: int) -> Tensor:
-        """(T N,) the anchor of each token after still cells joined in time; `count` anchors at least."""
-        t, n, _ = q.shape
-        alike = torch.cat([(q[1:] * q[:-1]).sum(-1), q.new_zeros(1, n)])[: t - 1]
-        anchor = torch.arange(t * n, device=q.device).view(t, n).clone()
-        for first, last in self.cuts(alike > self.tau, t):
-            quiet = (alike[first : last - 1] > self.tau).all(0) if last - first > 1 else alike.new_zeros(n).bool()
-            anchor[first:last, quiet] = anchor[first, quiet]
-        joined = (anchor != torch.arange(t * n, device=q.device).view(t, n)).nonzero()
-        missing = count - (t * n - len(joined))
-        if missing > 0:
-            moved = 1 - alike[joined[:, 0] - 1, joined[:, 1]]
-            apart = joined[top(moved, missing)]
-            anchor[apart[:, 0], apart[:, 1]] = apart[:, 0] * n + apart[:, 1]
-        return anchor.flatten()
+        """(B, T N) the anchor of each token of frames q (B, T, N, D) after still cells joined in time; `count` at least."""
+        b, t, n, _ = q.shape
+        alike = torch.stack([(q[:, f] * q[:, f - 1]).sum(-1) for f in range(1, t)] or [q.new_zeros(b, n)], 1)[
+            :, : t - 1
+        ]
+        quiet, token = alike > self.tau, torch.arange(t * n, device=q.device).view(t, n)
+        anchor = token.expand(b, t, n).clone()
+        for unit, cuts in enumerate(self.cuts(quiet, t)):
+            for first, last in cuts:
+                if last - first > 1:
+                    stays = quiet[unit, first : last - 1].all(0)
+                    anchor[unit, first:last] = torch.where(stays, token[first], anchor[unit, first:last])
+        for unit, joined in enumerate((anchor != token).unbind()):
+            frame, cell = joined.nonzero(as_tuple=True)
+            missing = count - (t * n - len(frame))
+            if missing > 0:
+                apart = top(1 - alike[unit, frame - 1, cell], missing)
+                anchor[unit, frame[apart], cell[apart]] = token[frame[apart], cell[apart]]
+        return anchor.flatten(1)
 
-    def cuts(self, quiet: Tensor, frames: int) -> list[tuple[int, int]]:
-        """Segments (first, last) with the most saved tokens; quiet: (T - 1, N) bool. Ties go to the longer last segment."""
+    def cuts(self, quiet: Tensor, frames: int) -> list[list[tuple[int, int]]]:
+        """Of each unit the segments (first, last) with the most saved tokens; quiet: (B, T - 1, N) bool. Ties go to the longer
+        last segment."""
+        longest, together, cells = min(self.longest, frames), quiet, []
+        for length in range(
+            2, longest + 1
+        ):  # (B, frames - length + 1): cells that stand still from each first frame on
+            cells.append(together.sum(2).tolist())
+            together = together[:, :-1] & quiet[:, length - 1 :]
+        return [self.plan([unit[own] for unit in cells], frames) for own in range(len(quiet))]
+
+    def plan(self, cells: list[list[int]], frames: int) -> list[tuple[int, int]]:
+        """The segments of one unit; cells[l - 2][f]: still cells of the segment of l frames from f on."""
         best, back = [0] * (frames + 1), [0] * (frames + 1)
         for last in range(1, frames + 1):
-            options, together = [], None
-            for length in range(1, min(self.longest, last) + 1):
-                first = last - length
-                if length > 1:
-                    together = quiet[first] if together is None else together & quiet[first]
-                saved = 0 if together is None else int(together.sum()) * (length - 1)
-                options.append((best[first] + saved, length))
-            best[last], length = max(options)
+            lengths = range(1, min(self.longest, last) + 1)
+            saved = [(best[last - n] + (cells[n - 2][last - n] * (n - 1) if n > 1 else 0), n) for n in lengths]
+            best[last], length = max(saved)
             back[last] = last - length
         edges = [frames]
         while edges[-1]:
@@ -108,20 +127,20 @@ class HoliTom(UnitReducer):
         edges.reverse()
         return list(pairwise(edges))
 
-    def frame(self, x: Tensor, attention: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Of a frame's tokens: which stay (count,), ascending, and each token's place among them."""
+    def frames(self, x: Tensor, attention: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Of the tokens of frames x (F, m, D), attention (F, m): which stay (F, count), ascending, and each token's place among
+        them, -1 for none (F, m)."""
+        m = x.shape[1]
         first = top(attention, count - min(count - 1, round(self.merged * count)))
-        others = torch.ones(len(x), dtype=torch.bool, device=x.device)
-        others[first] = False
-        others = others.nonzero()[:, 0]
-        place = torch.full((len(x),), -1, device=x.device)
-        if len(first) == count:
-            kept = first.sort().values
-            place[kept] = torch.arange(count, device=x.device)
-            return kept, place
-        rows = scaled_rows(x[others])
-        centres = top(density_peaks(rows, self.neighbours), count - len(first)).sort().values
-        kept = torch.cat([first, others[centres]]).sort().values
-        place[first] = torch.searchsorted(kept, first)
-        place[others] = torch.searchsorted(kept, others[centres])[join_nearest(rows, centres)]
+        place = torch.full_like(attention, -1, dtype=torch.int64)
+        if first.shape[1] == count:
+            kept = first.sort(1).values
+            return kept, place.scatter_(1, kept, torch.arange(count, device=x.device).expand_as(kept))
+        others = rest(m, first)
+        rows = scaled_rows(rows_at(x, others))
+        centres = top(density_peaks(rows, self.neighbours), count - first.shape[1]).sort(1).values
+        merged = others.gather(1, centres)
+        kept = torch.cat([first, merged], 1).sort(1).values
+        place.scatter_(1, first, torch.searchsorted(kept, first.contiguous()))
+        place.scatter_(1, others, torch.searchsorted(kept, merged).gather(1, join_nearest(rows, centres)))
         return kept, place

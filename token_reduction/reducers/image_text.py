@@ -8,11 +8,14 @@ Source: token pruning by image-text interaction; the abstract is public, the det
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from token_reduction.batch import Batch, Selection
-from token_reduction.exact import knee, top, unit_rows
+from token_reduction.exact import best_of_each, knee, marked, top, unit_rows
 from token_reduction.unit_reducer import UnitReducer
 
 
@@ -43,14 +46,16 @@ class ImageText(UnitReducer):
     def adaptive(self) -> bool:
         return self.variant != "best"
 
-    def select_one(self, batch: Batch, count: int) -> Selection:
-        attention = batch.attention()[0]
-        order = top(attention, len(attention))
-        before = knee(attention[order])
-        count = min(count, before) if self.adaptive else count
-        pool = order[: max(before, count)]
+    def select(self, batch: Batch, count: int) -> Sequence[Selection]:
+        if self.use_text and len({id(text) for text in batch.texts}) > 1:
+            return batch.by_text(lambda part: self.select(part, count))
+        attention = batch.attention()
+        order = top(attention, attention.shape[1])
+        before = knee(attention.gather(1, order))
+        counts = before.clamp(max=count) if self.adaptive else torch.full_like(before, count)
+        score = attention
         if self.use_text:
-            pool = pool.sort().values
-            asked = (batch.units()[0][pool] @ unit_rows(batch.text.to(pool.device)).mT).mean(1)
-            pool = pool[top(asked, count)]
-        return Selection(pool[:count].sort().values, scores=attention)
+            pool = best_of_each(attention, torch.maximum(before, counts))
+            asked = (batch.units() @ unit_rows(batch.text).mT).mean(-1)
+            score = asked.masked_fill(~pool, -torch.inf)
+        return [Selection(k, scores=own) for k, own in zip(marked(best_of_each(score, counts)), attention)]

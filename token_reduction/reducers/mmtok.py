@@ -10,14 +10,17 @@ Source: MMTok, "Multimodal Coverage Maximization for Efficient Inference of VLMs
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.exact import unit_rows
-from token_reduction.selectors.coverage import Cover, cosines, greedy
+from token_reduction.reducers.facility import chosen
+from token_reduction.selectors.coverage import Cover, cosines, fits, greedy
 from token_reduction.unit_reducer import UnitReducer
 
 _FORMATS = (
@@ -72,17 +75,26 @@ class MMTok(UnitReducer):
     def work(self, item: tuple[int, int, int], count: int, width: int) -> float:
         return float(item[0] * item[1] * item[2]) ** 2 * width
 
-    def select_one(self, batch: Batch, count: int) -> Selection:
-        q, z = batch.units()[0], unit_rows(batch.text.to(batch.x.device))
-        t_text = self.text_temperature or (0.01 if self.variant == "released" else 0.02)
-        p = torch.softmax(z @ q.mT / t_text, -1) / len(z)
-        alike = cosines(batch.units("patches")[0] if "patches" in batch.channels else q)
+    def select(self, batch: Batch, count: int) -> Sequence[Selection]:
+        n = batch.x.shape[1]
+        if len(batch.x) > 1 and not fits(n):
+            return batch.one_by_one(lambda one: self.select(one, count))
+        q = batch.units()
+        alike = cosines(batch.units("patches") if "patches" in batch.channels else q)
 
-        def kernel(js: torch.Tensor, columns: slice) -> torch.Tensor:
+        def kernel(js: Tensor, columns: slice) -> Tensor:
             return torch.exp_((alike(js, columns) - 1) / self.vision_temperature).float().double()
 
         # Entries are near alpha/n^2 and at most alpha/n, which 30 bits must hold.
-        bits = min(40, 30 + math.floor(math.log2(len(q) / max(self.alpha, 1e-6))))
-        cover = Cover(kernel, q.new_zeros(len(q)), 0.0, above=p, share=self.alpha, bits=bits)
-        order, gains = greedy(cover, count)
-        return Selection(order.sort().values, scores=torch.zeros_like(q[:, 0]).index_put_((order,), gains))
+        bits = min(40, 30 + math.floor(math.log2(n / max(self.alpha, 1e-6))))
+        above = self.words(q, batch.texts)
+        cover = Cover(kernel, q.new_zeros(q.shape[:2]), 0.0, above=above, share=self.alpha, bits=bits)
+        return chosen(*greedy(cover, count), cover)
+
+    def words(self, q: Tensor, texts: Sequence[Tensor]) -> Tensor:
+        """(B, m, n) P of each unit; rows of 0, which nothing covers, below a text of fewer than m words."""
+        temperature = self.text_temperature or (0.01 if self.variant == "released" else 0.02)
+        p = q.new_zeros(len(q), max(len(text) for text in texts), q.shape[1])
+        for rows, own, text in zip(p, q, texts):
+            rows[: len(text)] = torch.softmax(unit_rows(text.to(q.device)) @ own.mT / temperature, -1) / len(text)
+        return p

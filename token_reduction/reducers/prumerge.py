@@ -1,6 +1,6 @@
 """LLaVA-PruMerge and PruMerge+: attention outliers stay and take in the tokens whose keys are nearest.
 
-    a = [CLS] attention;   kept i:  x_i + sum over its 32 nearest keys a_j x_j
+    a = [CLS] attention (as released: softmax of the joined heads' product);   kept i:  x_i + sum over its 32 nearest keys a_j x_j
     one more row:          sum over the tokens that are not kept a_j x_j
     PruMerge+ adds tokens on an even grid to the kept ones
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.exact import evenly, rest, rows_at, top
-from token_reduction.unit_reducer import BatchReducer
+from token_reduction.unit_reducer import UnitReducer
 
 
 def outliers(attention: Tensor) -> int:
@@ -32,21 +32,21 @@ def outliers(attention: Tensor) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruMerge(BatchReducer):
+class PruMerge(UnitReducer):
     """Keep k rows of each frame: k - 1 tokens with what is like them, and one row that gathers the rest.
 
     Args:
         neighbours: nearest keys that a kept token takes in.
         variant: "best" keeps exactly k and makes every row a mean (weights 1 and a_j over their sum). "paper" and "released"
             keep as many tokens as there are attention outliers, k at most (`count` is an upper bound), and add without
-            dividing. Rows are in raster order throughout; the released code leaves them in order of attention.
+            dividing. "released" also joins the heads as the released code does: a = softmax(q k / sqrt(C)) over the patches, from
+            `cls_logits`. Rows are in raster order throughout; the released code leaves them in order of attention.
 
-    The row of the rest sits at the rest's most attended token. Scores: [CLS] attention.
+    The row of the rest sits at the rest's most attended token. Scores: a.
     """
 
     neighbours: int = 32
     name: ClassVar[str] = "prumerge"
-    needs: ClassVar[frozenset[str]] = frozenset({"cls_attn", "keys"})
     cost: ClassVar[str] = "O(k n D)"
     source: ClassVar[str] = "LLaVA-PruMerge"
     merges: ClassVar[bool] = True
@@ -54,13 +54,24 @@ class PruMerge(BatchReducer):
     scope: ClassVar[str] = "frame"
 
     @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"keys", "cls_logits" if self.variant == "released" else "cls_attn"})
+
+    @property
     def adaptive(self) -> bool:
         return self.variant != "best"
 
+    def attention(self, batch: Batch) -> Tensor:
+        """(B, n) a."""
+        if self.variant != "released":
+            return batch.attention()
+        logits = batch.heads("cls_logits")
+        return torch.softmax(logits.sum(-1) / logits.shape[-1] ** 0.5, -1)
+
     def select(self, batch: Batch, count: int) -> Sequence[Selection]:
         if self.adaptive and len(batch.x) > 1:  # each unit has a count of its own
-            return [self.select(batch.single(unit), count)[0] for unit in range(len(batch.x))]
-        attention, keys = batch.attention(), batch.units("keys")
+            return batch.one_by_one(lambda one: self.select(one, count))
+        attention, keys = self.attention(batch), batch.units("keys")
         chosen, n = self.chosen(attention, max(1, count - 1)), attention.shape[1]
         others = rest(n, chosen)
         gathers = count > 1 and others.shape[1] > 0

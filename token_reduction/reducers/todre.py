@@ -9,6 +9,7 @@ Source: ToDRE, "Effective Visual Token Pruning via Token Diversity and Task Rele
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,7 +17,7 @@ from token_reduction.batch import Batch, Selection
 from token_reduction.exact import fixed_mean
 from token_reduction.rows import UnitRows
 from token_reduction.selectors.diversity import max_sum
-from token_reduction.selectors.farthest import farthest_from
+from token_reduction.selectors.farthest import SMALL, farthest_batch, farthest_from
 from token_reduction.unit_reducer import UnitReducer
 
 _FORMS = ("k-center", "max-sum")
@@ -53,14 +54,18 @@ class ToDRE(UnitReducer):
     def work(self, item: tuple[int, int, int], count: int, width: int) -> float:
         return float(item[0] * item[1] * item[2]) * count * width
 
-    def select_one(self, batch: Batch, count: int) -> Selection:
-        attention = batch.attention()[0]
+    def select(self, batch: Batch, count: int) -> Sequence[Selection]:
+        attention, (_, n, _) = batch.attention(), batch.x.shape
+        if n > SMALL and len(batch.x) > 1:
+            return batch.one_by_one(lambda one: self.select(one, count))
         _, h, w = batch.grid
-        pivot = int((attention[: h * w] if self.thumbnail else attention).argmax())
+        pivot = (attention[:, : h * w] if self.thumbnail else attention).argmax(1)
         form = self.diversity or ("k-center" if self.variant == "best" else "max-sum")
         if form == "max-sum":
-            order = max_sum(batch.units(center=self.center)[0], count, pivot)
+            order = max_sum(batch.units(center=self.center), count, pivot)
+        elif n <= SMALL:
+            order, _ = farthest_batch(batch.units(center=self.center), count, pivot)
         else:
-            mean = fixed_mean(batch.x[0]) if self.center else None
-            order = farthest_from(UnitRows(batch.x[0], mean), count, pivot)
-        return Selection(order.sort().values)
+            rows = UnitRows(batch.x[0], fixed_mean(batch.x[0]) if self.center else None)
+            order = farthest_from(rows, count, int(pivot))[None]
+        return [Selection(kept) for kept in order.sort(-1).values]

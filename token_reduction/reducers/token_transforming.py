@@ -16,11 +16,11 @@ import torch
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.exact import rows_at, top
-from token_reduction.unit_reducer import BatchReducer
+from token_reduction.unit_reducer import UnitReducer
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenTransforming(BatchReducer):
+class TokenTransforming(UnitReducer):
     """Keep k rows of each frame, each a weighted mean of the tokens most like it.
 
     Args:

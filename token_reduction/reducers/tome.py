@@ -15,11 +15,11 @@ from typing import ClassVar
 from token_reduction.batch import Batch, Selection
 from token_reduction.reducers.aim import rows_of
 from token_reduction.selectors.pairs import merge_rounds
-from token_reduction.unit_reducer import BatchReducer
+from token_reduction.unit_reducer import UnitReducer
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToMe(BatchReducer):
+class ToMe(UnitReducer):
     """Keep k rows of each frame, every row the mean of its tokens. Keys are averaged over heads where these are told apart.
 
     Args:

@@ -34,14 +34,17 @@ class VFlowOpt(UnitReducer):
         t: how far above the mean a global token receives attention; none above: all tokens are global.
         m: side of a recycling cell in tokens, rounded to whole ones.
         alpha_v: weight of the entropy, which then needs `pixels` in 0..1; the values shipped for 10, 25 and 50% have 0.
+        recycle: whether the least important tokens join. None: always, but for "released" in items of one frame only, as the
+            released code plainly takes the k most important tokens of each frame of a video.
 
-    Scores: importance. Variants: one algorithm; best, paper and released are the same.
+    Scores: importance.
     """
 
     heads: int | None = None
     t: float = 2.0
     m: float = 12.0
     alpha_v: float = 0.0
+    recycle: bool | None = None
     name: ClassVar[str] = "vflowopt"
     cost: ClassVar[str] = "O(T N^2 D)"
     source: ClassVar[str] = "VFlowOpt, stage 1"
@@ -71,9 +74,17 @@ class VFlowOpt(UnitReducer):
             )
         return None
 
-    def select_one(self, batch: Batch, count: int) -> Selection:
-        score = self.importance(batch)
-        _, h, w = batch.grid
+    def select(self, batch: Batch, count: int) -> Sequence[Selection]:
+        score, recycles = self.importance(batch), self.recycle
+        always = self.variant != "released" if recycles is None else recycles
+        single = [frames == 1 and recycles is None for frames in batch.frames]
+        plain = top(score, count).sort(-1).values
+        answers = zip(plain, score, single)
+        return [self.cells(s, batch.grid, count) if always or one else Selection(k, scores=s) for k, s, one in answers]
+
+    def cells(self, score: Tensor, grid: tuple[int, int, int], count: int) -> Selection:
+        """One unit's answer where the least important tokens join: score (n,)."""
+        _, h, w = grid
         side = max(1, round(self.m))
         cell = torch.arange(h, device=score.device)[:, None] // side * (-(-w // side))
         cell = (cell + torch.arange(w, device=score.device) // side).flatten()
@@ -86,23 +97,28 @@ class VFlowOpt(UnitReducer):
         others = rest(len(score), kept)
         if len(kept) + len(cell[others].unique()) != count:
             return Selection(top(score, count).sort().values, scores=score)
-        return self.recycle(kept, others, cell, score)
+        return self.joined(kept, others, cell, score)
 
     def importance(self, batch: Batch) -> Tensor:
-        """(n,) float64."""
-        q, k = (batch.channels[name][0].double() for name in ("queries", "keys"))
-        heads = self.heads or (q.shape[1] if q.dim() == 3 else 1)
-        q, k = (part.reshape(len(part), heads, -1).transpose(0, 1) for part in (q, k))
-        attention = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1).mean(0)
-        received = attention.mean(0)
-        global_ = received > self.t * received.mean()
-        score = (attention[global_] if bool(global_.any()) else attention).mean(0)
+        """(B, n) float64."""
+        q, k = (batch.channels[name].double() for name in ("queries", "keys"))
+        heads = self.heads or (q.shape[2] if q.dim() == 4 else 1)
+        q, k = (part.reshape(*part.shape[:2], heads, -1) for part in (q, k))
+        attention = q.new_zeros(q.shape[0], q.shape[1], q.shape[1])
+        for head in range(heads):  # one map at a time, however many heads
+            attention += torch.softmax(q[:, :, head] @ k[:, :, head].mT / q.shape[-1] ** 0.5, -1)
+        attention /= heads
+        received = attention.mean(1)
+        global_ = received > self.t * received.mean(1, keepdim=True)
+        global_ |= ~global_.any(1, keepdim=True)
+        score = (attention * global_[..., None]).sum(1) / global_.sum(1, keepdim=True)
         if not self.alpha_v:
             return score
-        return score + self.alpha_v * torch.softmax(_entropy(batch.channels["pixels"][0]), 0)
+        entropy = torch.stack([_entropy(pixels) for pixels in batch.channels["pixels"]])
+        return score + self.alpha_v * torch.softmax(entropy, 1)
 
     @staticmethod
-    def recycle(kept: Tensor, others: Tensor, cell: Tensor, score: Tensor) -> Selection:
+    def joined(kept: Tensor, others: Tensor, cell: Tensor, score: Tensor) -> Selection:
         """Kept tokens as they are, the others one row per cell."""
         cells, which = cell[others].unique(return_inverse=True)
         best = torch.stack([others[which == c][score[others[which == c]].argmax()] for c in range(len(cells))])

@@ -10,6 +10,7 @@ Source: VidCom2, "Video Compression Commander: Plug-and-Play Inference Accelerat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.budget import apportion
-from token_reduction.exact import top
+from token_reduction.exact import best_of_each, fixed_mean, marked, top
 from token_reduction.unit_reducer import UnitReducer
 
 
@@ -38,18 +39,19 @@ class VidCom2(UnitReducer):
     source: ClassVar[str] = "VidCom2"
     form: ClassVar[str] = "authors'"
 
-    def select_one(self, batch: Batch, count: int) -> Selection:
+    def select(self, batch: Batch, count: int) -> Sequence[Selection]:
         t, h, w = batch.grid
-        x = batch.x[0].double()
-        calm = top(-x.var(0, unbiased=False), max(1, x.shape[1] // 2)).sort().values
-        x = torch.nn.functional.normalize(x[:, calm], dim=-1).view(t, h * w, -1)
-        video = _likeness(x, x.mean((0, 1)))
-        frame = _likeness(x, x.mean(1, keepdim=True))
-        p = torch.softmax(-video.mean(1) / self.temperature, 0)
-        shares = _none_empty(apportion(count, (1 + p - p.mean()).tolist(), [h * w] * t))
-        score = -(video + frame)
-        kept = [f * h * w + top(score[f], share) for f, share in enumerate(shares)]
-        return Selection(torch.cat(kept).sort().values, scores=score.flatten())
+        x = batch.x.double()
+        calm = top(-x.var(1, unbiased=False), max(1, x.shape[2] // 2)).sort(-1).values
+        x = torch.nn.functional.normalize(x.gather(2, calm[:, None].expand(-1, x.shape[1], -1)), dim=-1)
+        video_centre, x = fixed_mean(x)[:, None, None], x.unflatten(1, (t, h * w))
+        video = _likeness(x, video_centre)
+        score = -(video + _likeness(x, fixed_mean(x)[:, :, None]))
+        p = torch.softmax(-video.mean(2) / self.temperature, 1)
+        wanted = (1 + p - p.mean(1, keepdim=True)).tolist()
+        shares = [_none_empty(apportion(count, frames, [h * w] * t)) for frames in wanted]
+        kept = marked(best_of_each(score, torch.tensor(shares)).flatten(1))
+        return [Selection(k, scores=s.flatten()) for k, s in zip(kept, score)]
 
 
 def _none_empty(shares: list[int]) -> list[int]:

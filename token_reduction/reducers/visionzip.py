@@ -17,11 +17,11 @@ from torch import Tensor
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.exact import nearest, rest, rows_at, top
-from token_reduction.unit_reducer import BatchReducer
+from token_reduction.unit_reducer import UnitReducer
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionZip(BatchReducer):
+class VisionZip(UnitReducer):
     """Keep k rows of each frame: (1 - contextual) k dominant tokens, the others merged. Keys are averaged over heads where
     these are told apart.
 

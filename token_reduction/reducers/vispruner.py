@@ -16,11 +16,11 @@ import torch
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.exact import rest, rows_at, top
-from token_reduction.unit_reducer import BatchReducer
+from token_reduction.unit_reducer import UnitReducer
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisPruner(BatchReducer):
+class VisPruner(UnitReducer):
     """Keep k tokens of each frame.
 
     Args:

@@ -13,11 +13,11 @@ from typing import ClassVar
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.exact import top
-from token_reduction.unit_reducer import BatchReducer
+from token_reduction.unit_reducer import UnitReducer
 
 
 @dataclass(frozen=True, kw_only=True)
-class VtcCls(BatchReducer):
+class VtcCls(UnitReducer):
     """Keep the k tokens with the largest [CLS] attention, summed over the columns of `cls_attn`.
 
     Give the layers that the published method sums (from a start layer to the last but one) as columns. Scores: the sum.

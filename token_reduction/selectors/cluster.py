@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from token_reduction.exact import top
+from token_reduction.exact import best_of_each, top
 
 _MAGIC = 6.0 * 2.0**25
 
@@ -31,53 +31,70 @@ def squared_distances(rows: Tensor, others: Tensor | None = None) -> Tensor:
     return (own[..., None] + their[..., None, :] - 2 * rows @ others.mT).clamp_(min=0)
 
 
-def k_medoids(distance: Tensor, count: int, first: int, iterations: int = 100) -> tuple[Tensor, Tensor]:
-    """Medoids (count,) ascending and the place of each row's medoid (M,).
+def k_medoids(distance: Tensor, count: int, first: Tensor, iterations: int = 100) -> tuple[Tensor, Tensor]:
+    """Medoids (S, count) ascending of S sets and the place of each row's medoid (S, M). distance: (S, M, M); first: (S,).
 
     KKZ start: `first`, then farthest-point; then assign, and take in each cluster the row with the least summed distance to
-    its like, until nothing changes. The sums of a cluster are a scatter over the (M, M) matrix, not K copies of it.
+    its like, until nothing changes. The sums of a cluster are a scatter over the (M, M) matrix, not K copies of it, and exact.
     """
+    sets, rows = distance.shape[:2]
+    # Whole multiples of the largest distance over 2^32: sums of up to 2^21 of them are exact in any order.
+    unit = distance.amax((1, 2), keepdim=True).clamp_min(1e-300) / 2.0**32
+    distance = (distance / unit).round()
+    every, own = torch.arange(sets, device=distance.device)[:, None], torch.arange(rows, device=distance.device)
     medoids = _kkz(distance, count, first)
     for _ in range(iterations):
-        group = distance[:, medoids].argmin(1)
-        group[medoids] = torch.arange(count, device=group.device)
-        spread = distance.new_zeros((count, distance.shape[0])).index_add_(0, group, distance)
-        within = spread[group, torch.arange(group.numel(), device=group.device)]
-        least = within.new_full((count,), torch.inf).scatter_reduce_(0, group, within, "amin")
-        fits = (within == least[group]).nonzero()[:, 0]
-        fresh = torch.full((count,), distance.shape[0], device=group.device)
-        fresh = fresh.scatter_reduce_(0, group[fits], fits, "amin")
+        group = distance.gather(2, medoids[:, None].expand(-1, rows, -1)).argmin(2)
+        group[every, medoids] = torch.arange(count, device=group.device).expand_as(medoids)
+        spread = distance.new_zeros((sets, count, rows))
+        spread.scatter_add_(1, group[..., None].expand_as(distance), distance)
+        within = spread.gather(1, group[:, None])[:, 0]
+        least = within.new_full((sets, count), torch.inf).scatter_reduce_(1, group, within, "amin")
+        candidate = torch.where(within == least.gather(1, group), own, rows)
+        fresh = torch.full_like(medoids, rows).scatter_reduce_(1, group, candidate, "amin")
         if bool((fresh == medoids).all()):
             break
         medoids = fresh
-    order = medoids.argsort()
-    place = torch.empty_like(order)
-    place[order] = torch.arange(count, device=order.device)
-    return medoids[order], place[group]
+    order = medoids.argsort(1)
+    place = torch.empty_like(order).scatter_(1, order, torch.arange(count, device=order.device).expand_as(order))
+    return medoids.gather(1, order), place.gather(1, group)
 
 
-def _kkz(distance: Tensor, count: int, first: int) -> Tensor:
-    chosen, nearest = [first], distance[first].clone()
+def _kkz(distance: Tensor, count: int, first: Tensor) -> Tensor:
+    every = torch.arange(len(distance), device=distance.device)
+    chosen, nearest = [first], distance[every, first].clone()
     for _ in range(count - 1):
-        nearest[chosen[-1]] = -1.0
-        chosen.append(int(nearest.argmax()))
-        nearest = torch.minimum(nearest, distance[chosen[-1]])
-    return torch.tensor(chosen, device=distance.device)
+        nearest[every, chosen[-1]] = -1.0
+        chosen.append(nearest.argmax(1))
+        nearest = torch.minimum(nearest, distance[every, chosen[-1]])
+    return torch.stack(chosen, 1)
 
 
-def spectral_rows(distance: Tensor, count: int, sigma: float) -> Tensor:
-    """(M, count) unit rows of the last left singular vectors of the normalised Laplacian of a heat kernel.
+def heat(squared: Tensor, sigma: float) -> Tensor:
+    """Affinity exp(-d^2 / 2 sigma^2) of squared distances (..., M, M)."""
+    return torch.exp(squared / (-2 * sigma**2))
 
-    A = exp(-d^2 / 2 sigma^2),  L = I - D^-1/2 A D^-1/2;  the sign of a vector makes its largest entry positive.
+
+def neighbour_graph(squared: Tensor, neighbours: int) -> Tensor:
+    """Affinity (..., M, M): 1 where one of two rows is among the other's nearest, itself aside and ties to the lowest index."""
+    rows = squared.shape[-1]
+    alone = torch.eye(rows, dtype=torch.bool, device=squared.device)
+    near = best_of_each(-squared.masked_fill(alone, torch.inf), torch.full((rows,), min(neighbours, rows - 1)))
+    return (near | near.mT).to(squared.dtype)
+
+
+def spectral_rows(affinity: Tensor, count: int) -> Tensor:
+    """(..., M, count) unit rows of the last left singular vectors of the normalised Laplacian of an affinity A (..., M, M).
+
+    L = I - D^-1/2 A D^-1/2;  the sign of a vector makes its largest entry positive.
     """
-    affinity = torch.exp(distance / (-2 * sigma**2))
-    scale = affinity.sum(1).rsqrt()
-    laplacian = torch.eye(len(scale), dtype=distance.dtype, device=distance.device)
-    laplacian = laplacian - scale[:, None] * affinity * scale
-    vectors = torch.linalg.eigh(laplacian).eigenvectors[:, :count]
-    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    scale = affinity.sum(-1).clamp_min(1e-300).rsqrt()
+    laplacian = torch.eye(affinity.shape[-1], dtype=affinity.dtype, device=affinity.device)
+    laplacian = laplacian - scale[..., None] * affinity * scale[..., None, :]
+    vectors = torch.linalg.eigh(laplacian).eigenvectors[..., :count]
+    largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
     vectors = vectors * largest.sign()
-    return vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 def density_peaks(rows: Tensor, neighbours: int, unit: Tensor | float = 1.0) -> Tensor:

@@ -10,80 +10,113 @@ The DPP's ratio is the squared residual d_v of v after projection on the kept, u
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 _RANK = 1e-10
 _AHEAD = 32
+_SMALL = 1024  # rows of a set whose kernel may be held
+
+Column = Callable[[Tensor, Tensor], Tensor]
 
 
-def max_sum(q: Tensor, count: int, pivot: int) -> Tensor:
-    """Order of choice (count,) over exact unit rows q (n, D), from `pivot`; ties go to the lowest index."""
-    total = q.new_zeros(q.shape[0])
+def max_sum(q: Tensor, count: int, pivot: Tensor) -> Tensor:
+    """Order of choice (B, count) over exact unit rows q (B, n, D), from `pivot` (B,); ties go to the lowest index."""
+    batch, n, _ = q.shape
+    total, every = q.new_zeros(batch, n), torch.arange(batch, device=q.device)
+    alike = q @ q.mT if n <= _SMALL else None
     order = [pivot]
     for _ in range(count - 1):
-        total += q @ q[order[-1]]
-        total[order[-1]] = math.inf
-        order.append(int(total.argmin()))
-    return torch.tensor(order, device=q.device)
+        last = order[-1]
+        total += (q @ q[every, last, :, None])[..., 0] if alike is None else alike[every, last]
+        total[every, last] = math.inf
+        order.append(total.argmin(1))
+    return torch.stack(order, 1)
 
 
 def dpp(q: Tensor, count: int, quality: Tensor, block: int | None = None) -> Tensor:
-    """Order of choice (count,) of greedy MAP over L = diag(r) q q^T diag(r); ties go to the lowest index.
+    """Order of choice (B, count) of greedy MAP over L = diag(r) q q^T diag(r), q (B, n, D), r (B, n); ties go to the lowest index.
 
     A kernel of rank D has no more than D rows of positive determinant; after that, or after `block` choices, a new set is
     begun among the rows that are left. So at most min(D, block) rows of the factor are held: O(n min(D, block)) memory.
     """
     # Rounded unit rows are 1 long up to 1e-8, which must not break ties between tokens that are equally good alone.
-    alone = q.any(1).to(q) * quality**2
-    return dpp_of(_Columns(q, quality), alone, count, block or q.shape[1])
+    alone, block = q.any(-1).to(q) * quality**2, block or q.shape[-1]
+    together, done = range(len(q)), torch.zeros(len(q), count, dtype=torch.int64, device=q.device)
+    if len(q) > 1 and count <= block:
+        order, lengths = _set(_held(q, quality), alone, torch.zeros_like(alone, dtype=torch.bool), count)
+        done = order
+        together = [unit for unit, length in enumerate(lengths) if length < count]
+    for unit in together:
+        part = slice(unit, unit + 1)
+        done[unit] = dpp_of(_Columns(q[unit], quality[unit]), alone[part], count, block)[0]
+    return done
+
+
+def _held(q: Tensor, quality: Tensor) -> Column:
+    """Columns of kernels that are held."""
+    kernel, every = q @ q.mT, torch.arange(len(q), device=q.device)
+    return lambda best, left: kernel[every, best] * quality * quality[every, best, None]
 
 
 class _Columns:
-    """Columns of the kernel, made for the best candidates at once: one matrix product instead of many passes over q."""
+    """Columns of one kernel, made for the best candidates at once: one matrix product instead of many passes over q."""
 
     def __init__(self, q: Tensor, quality: Tensor) -> None:
         self.q, self.quality = q, quality
         self.made: dict[int, Tensor] = {}
 
-    def __call__(self, i: int, left: Tensor) -> Tensor:
+    def __call__(self, best: Tensor, left: Tensor) -> Tensor:
+        i = int(best)
         if i not in self.made:
-            best = left.topk(min(_AHEAD, len(left))).indices.tolist()
-            js = torch.tensor([i, *(j for j in best if j != i)], device=self.q.device)
+            ahead = left[0].topk(min(_AHEAD, left.shape[1])).indices.tolist()
+            js = torch.tensor([i, *(j for j in ahead if j != i)], device=self.q.device)
             self.made = dict(zip(js.tolist(), self.q[js] @ self.q.mT))
-        return self.made[i] * self.quality * self.quality[i]
+        return (self.made[i] * self.quality * self.quality[i])[None]
 
 
-def dpp_of(column: Callable[[int, Tensor], Tensor], diagonal: Tensor, count: int, block: int) -> Tensor:
-    """`dpp` of any kernel, given by `column(i, left)` (n,), `left` (n,) what every candidate is worth now, and its diagonal."""
-    order: list[int] = []
+def dpp_of(column: Column, diagonal: Tensor, count: int, block: int) -> Tensor:
+    """`dpp` of one kernel of any kind, (1, count), given by `column(best, left)`: row `best` (1,) of it, where `left` (1, n) is
+    what every candidate is worth now; and its diagonal (1, n)."""
+    order: list[Tensor] = []
     taken = torch.zeros_like(diagonal, dtype=torch.bool)
-    while len(order) < count:
-        fresh = _dpp_block(column, diagonal, taken, min(block, count - len(order)))
-        order += fresh
-    return torch.tensor(order, device=diagonal.device)
+    while (left := count - sum(part.shape[1] for part in order)) > 0:
+        fresh, (length,) = _set(column, diagonal, taken, min(block, left))
+        order.append(fresh[:, :length])
+        taken.scatter_(1, order[-1], True)
+    return torch.cat(order, 1)
 
 
-def _dpp_block(column: Callable[[int, Tensor], Tensor], diagonal: Tensor, taken: Tensor, count: int) -> list[int]:
-    left = torch.where(taken, -math.inf, diagonal)
-    floor = _RANK * float(diagonal.max())
-    factor = diagonal.new_empty((count, diagonal.numel()))
-    order: list[int] = []
-    while len(order) < count:
-        best = int(left.argmax())
-        if order and float(left[best]) <= floor:
-            break
-        step = len(order)
-        # A sum over dim 0 adds every column in the same order, so equal rows keep equal residuals; a matrix product may not.
-        # In blocks that stay in a cache: memory is what bounds it.
-        weight = factor[:step, best, None]
-        width = max(64, 2**17 // max(1, step) // 64 * 64)
-        known = torch.cat([(part * weight).sum(0) for part in factor[:step].split(width, 1)])
-        factor[step] = (column(best, left) - known) / max(float(left[best]), floor, 1e-300) ** 0.5
-        left = left - factor[step] ** 2
-        left[best] = -math.inf
-        taken[best] = True
+def _set(column: Column, diagonal: Tensor, taken: Tensor, count: int) -> tuple[Tensor, Sequence[int]]:
+    """Up to `count` choices (B, count) in kernels of diagonal (B, n), and how many of them are of positive determinant."""
+    batch, n = diagonal.shape
+    left, every = diagonal.masked_fill(taken, -math.inf), torch.arange(batch, device=diagonal.device)
+    floor = _RANK * diagonal.amax(1)
+    factor, order = diagonal.new_empty((batch, count, n)), []
+    length = torch.full((batch,), count, device=diagonal.device)
+    for step in range(count):
+        best = left.argmax(1)
+        value = left[every, best]
+        if step:
+            length = torch.where(value <= floor, length.clamp(max=step), length)
+            if batch == 1 and int(length) == step:
+                break
+        factor[:, step] = column(best, left) - _known(factor, step, best, every)
+        factor[:, step] /= torch.maximum(value, floor).clamp_min(1e-300).sqrt()[:, None]
+        left = left - factor[:, step] ** 2
+        left[every, best] = -math.inf
         order.append(best)
-    return order
+    return torch.stack(order, 1), length.tolist()
+
+
+def _known(factor: Tensor, step: int, best: Tensor, every: Tensor) -> Tensor:
+    """(B, n) what the rows chosen so far say of the chosen column.
+
+    A sum over rows adds every column in the same order, so equal rows keep equal residuals; a matrix product may not. In blocks
+    of columns that stay in a cache: memory is what bounds it.
+    """
+    weight = factor[every, :step, best][..., None]
+    width = max(64, 2**17 // max(1, step * len(factor)) // 64 * 64)
+    return torch.cat([(part * weight).sum(1) for part in factor[:, :step].split(width, 2)], 1)

@@ -18,6 +18,9 @@ from token_reduction.isolation import Found, most_isolated
 from token_reduction.rows import UnitRows, pack, unpack
 from tokenring.transport import SingleRank, Transport
 
+SMALL = 1024
+"""Rows of a set whose distances may all be held."""
+
 _SMALLEST_POOL, _LARGEST_POOL = 32, 512
 _FARTHEST = 2.0  # 1 - cosine is at most 2: the score of a row that has no other row to be compared with
 
@@ -29,10 +32,11 @@ def farthest_from(rows: UnitRows, count: int, pivot: int) -> Tensor:
     return Farthest(rows, index).run(count, SingleRank(), first)
 
 
-def farthest_batch(q: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def farthest_batch(q: Tensor, count: int, pivot: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The same choice in many small items of one size at once: exact unit rows (B, n, D), all distances held (B, n, n).
 
-    Returns the order of choice (B, count) and the scores (B, n), as `Farthest` gives them item by item.
+    pivot: (B,) first rows; None: the most isolated. Returns the order of choice (B, count) and the scores (B, n), as `Farthest`
+    gives them item by item.
     """
     half = 0.5 * (q * q).sum(-1)
     apart = torch.baddbmm(half[:, None] + half[..., None], q, q.mT, alpha=-1)
@@ -41,7 +45,8 @@ def farthest_batch(q: Tensor, count: int) -> tuple[Tensor, Tensor]:
     taken, scores = torch.zeros_like(half, dtype=torch.bool), torch.zeros_like(half)
     for step in range(count):
         left = distance.masked_fill(taken, -math.inf) if step else lonely.clamp(max=_FARTHEST)
-        value, pick = left.max(-1, keepdim=True)
+        pick = left.argmax(-1, keepdim=True) if step or pivot is None else pivot[:, None]
+        value = left.gather(1, pick)
         order[:, step] = pick[:, 0]
         scores.scatter_(1, pick, value)
         taken.scatter_(1, pick, True)
