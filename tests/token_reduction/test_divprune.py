@@ -150,7 +150,7 @@ def test_many_small_items_at_once_equal_one_after_another(center, monkeypatch):
     for count in (1, 8, 30):
         method = build("divprune", center=center)
         together = method.reduce(tokens, Budget.count(count))
-        monkeypatch.setattr("token_reduction.reducers.divprune._SMALL", 0)
+        monkeypatch.setattr("token_reduction.reducers.divprune.SMALL", 0)
         alone = method.reduce(tokens, Budget.count(count))
         monkeypatch.undo()
         assert together.index.tolist() == alone.index.tolist()
