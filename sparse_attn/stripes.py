@@ -38,6 +38,11 @@ class StripePlan:
     path: str = "sparse"
     why: str = ""
 
+    def __repr__(self) -> str:
+        rows = f"batch {self.batch}, {self.q_heads} query heads, {self.kv_heads} key heads"
+        kept = f"{self.path}, {self.indices.numel()} columns kept in {len(self.indptr) - 1} lists"
+        return f"StripePlan({rows}: {kept}, density {self.density:.4g}{f'; {self.why}' if self.why else ''})"
+
     @classmethod
     def dense(
         cls, geometry: Geometry, batch: int, q_heads: int, kv_heads: int, device: torch.device, why: str

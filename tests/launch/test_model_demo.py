@@ -89,7 +89,9 @@ def test_the_demo_says_what_its_words_are_worth(adapter):
 
 def test_what_does_not_fit_is_refused(adapter, video):
     pictures, plan, _, _ = video
-    with pytest.raises(ValueError, match="gives no text; it gives cls_attn, cls_logits, keys, patches, pixels, queries, recv_attn"):
+    with pytest.raises(
+        ValueError, match="gives no text; it gives cls_attn, cls_logits, keys, patches, pixels, queries, recv_attn"
+    ):
         adapter.prepare(pictures, plan, channels=["text"])
     with pytest.raises(ValueError, match="seconds has 1 entries"):
         adapter.prompt("x", plan, [0.0])

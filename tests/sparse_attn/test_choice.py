@@ -42,6 +42,8 @@ def test_long_sequences_with_few_columns_run_sparsely() -> None:
     q, k, v = random_qkv(1, 8192, 1, 1, 64, torch.float32)
     _, stats = anchor_attention(q, k, v, config=AnchorConfig(theta=-3.0, identify="lse"), return_stats=True)
     assert stats.path == "sparse" and stats.density < 0.2
+    shown = repr(stats.plan)
+    assert len(shown) < 250 and f"{stats.plan.indices.numel()} columns" in shown and "batch 1, 1 query heads" in shown
 
 
 def test_never_dense_is_honoured_at_any_length() -> None:
