@@ -12,19 +12,25 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from launch.config import RunConfig
 from launch.errors import ConfigError
+from launch.models import DEMOS
 from launch.models.base import Adapter
 from launch.models.expert_block import ExpertBlock, ExpertLayer
+from launch.models.files import language_config
 from moe import Folding
 from moe.dispatch import MoETraffic
 from moe.folding_groups import FoldingGroups
 from tokenring.transport import Transport, connect
+
+if TYPE_CHECKING:
+    from moe.integrations.huggingface_loading import OwnExperts
 
 UPCYCLED = "demo-moe"
 """The model whose experts are as many as one likes."""
@@ -87,6 +93,26 @@ def folding_of(config: RunConfig, sizes: ExpertSizes) -> Folding:
             f"moe.ranks_per_node is {per_node}: it must divide ep x etp = {block} and be a multiple of etp = {moe.etp}"
         )
     return folding
+
+
+def own_experts(config: RunConfig, rank: int) -> OwnExperts | None:
+    """Which experts of a model directory a rank reads; None: all, or there are none.
+
+    Raises:
+        ConfigError: the directory, or the mapping, cannot be used.
+    """
+    source = config.model.source
+    if source in DEMOS or (config.output.verify and rank == 0):
+        return None
+    try:
+        sizes = sizes_of(config, language_config(Path(source)))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if sizes is None or (folding := folding_of(config, sizes)).ep == 1:
+        return None
+    from moe.integrations.huggingface_loading import OwnExperts
+
+    return OwnExperts(folding.coordinates(rank)["ep"], folding.ep)
 
 
 def check_experts(config: RunConfig, text: Mapping[str, Any]) -> None:

@@ -10,14 +10,14 @@ verify                          launch.verify     the same on one rank, if asked
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from launch.config import RunConfig
 from launch.errors import ConfigError
-from launch.experts import Experts
+from launch.experts import Experts, own_experts
 from launch.generate import Answer, write
 from launch.models import load
 from launch.models.base import Adapter, Prompt, VisualPlan
@@ -35,6 +35,9 @@ from token_reduction.reducers.mmtok import MMTok, clean_question
 from tokenring import AttentionShape, Layout
 from tokenring import plan as attention_plan
 from tokenring.transport import Transport, connect, count_traffic
+
+if TYPE_CHECKING:
+    from moe.integrations.huggingface_loading import OwnExperts
 
 
 def run(config: RunConfig, group: Any, log: Log) -> RankRecord:
@@ -60,7 +63,7 @@ class _Run:
         self.config, self.runtime, self.stages = config, runtime, stages
         stages.log.stage("load")
         with stages.span("load"):
-            self.adapter = _load(config)
+            self.adapter = _load(config, own_experts(config, runtime.rank))
             self.experts = Experts.spread(self.adapter, config, group, runtime)
             self.sparse = SparseRun(config) if config.attention.kind == "anchor" else None
             self.frames = planned_frames(config.video)
@@ -182,9 +185,9 @@ def question_rows(adapter: Adapter, method: Reducer, prompt: str) -> Tensor | No
     return adapter.embed(torch.tensor(ids, dtype=torch.int64))
 
 
-def _load(config: RunConfig) -> Adapter:
+def _load(config: RunConfig, own: OwnExperts | None) -> Adapter:
     try:
-        return load(config.model.source, getattr(torch, config.model.dtype), config.engine.device)
+        return load(config.model.source, getattr(torch, config.model.dtype), config.engine.device, own)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -13,6 +13,7 @@ from launch.models.files import check as _check
 
 if TYPE_CHECKING:
     from launch.models.base import Adapter
+    from moe.integrations.huggingface_loading import OwnExperts
 
 __all__ = ["DEMOS", "FAMILIES", "TEXT_FAMILIES", "channels_of", "check", "load"]
 
@@ -39,13 +40,14 @@ def channels_of(family: str) -> frozenset[str]:
     return _adapter(family).channels
 
 
-def load(source: str | Path, dtype: Any = None, device: Any = "cpu") -> Adapter:
+def load(source: str | Path, dtype: Any = None, device: Any = "cpu", own: OwnExperts | None = None) -> Adapter:
     """The adapter of a model.
 
     Args:
         source: one of `DEMOS`, or a local Hugging Face directory of one of `FAMILIES`. Nothing is downloaded.
         dtype: torch dtype of the weights; torch.float32 where none is given.
         device: where the weights go.
+        own: which experts of a directory's mixture this rank reads; None: all. For demos, whose experts are copies, nothing.
 
     Raises:
         ValueError: the source cannot be used; one line says why and what is allowed.
@@ -55,7 +57,7 @@ def load(source: str | Path, dtype: Any = None, device: Any = "cpu") -> Adapter:
     family = check(source)
     dtype = torch.float32 if dtype is None else dtype
     adapter = _adapter(family)
-    return adapter.load(dtype, device) if family in DEMOS else adapter.load(Path(source), dtype, device)
+    return adapter.load(dtype, device) if family in DEMOS else adapter.load(Path(source), dtype, device, own)
 
 
 def _adapter(family: str) -> Any:

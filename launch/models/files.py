@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe.integrations.huggingface_loading import OwnExperts
 
 TEXT_FAMILIES = {"qwen3_moe": "Qwen3-MoE", "mixtral": "Mixtral"}
 """Models of text alone; see `launch.models.text`."""
@@ -76,16 +79,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def load_model(cls: Any, path: Path, dtype: Any, device: Any) -> Any:
-    """A transformers model in evaluation mode; every weight must come from the directory."""
+def load_model(cls: Any, path: Path, dtype: Any, device: Any, own: OwnExperts | None = None) -> Any:
+    """A transformers model in evaluation mode; every weight must come from the directory.
+
+    own: the experts to read, the others stay in the files; None: all.
+    """
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model, info = cls.from_pretrained(
-            path, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
+        if own is None:
+            model, info = cls.from_pretrained(
+                path, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+        else:
+            from moe.integrations.huggingface_loading import load_own_experts
+
+            model, info = load_own_experts(cls, path, own, dtype=dtype)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"model directory {path} cannot be loaded: {reason}") from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from launch.models.base import NEWLINE, VISUAL, Prompt, TextSide, VisualPlan, ch
 from launch.models.files import load_model, load_tokenizer, render_chat, video_settings
 from launch.models.pixels import Pixels
 from token_reduction import VisualTokens
+
+if TYPE_CHECKING:
+    from moe.integrations.huggingface_loading import OwnExperts
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -44,11 +47,11 @@ class LlavaAdapter(TextSide):
             )
 
     @classmethod
-    def load(cls, path: Path, dtype: torch.dtype, device: Any) -> LlavaAdapter:
+    def load(cls, path: Path, dtype: torch.dtype, device: Any, own: OwnExperts | None = None) -> LlavaAdapter:
         """From a local directory."""
         from transformers import LlavaOnevisionForConditionalGeneration
 
-        model = load_model(LlavaOnevisionForConditionalGeneration, path, dtype, device)
+        model = load_model(LlavaOnevisionForConditionalGeneration, path, dtype, device, own)
         return cls(model, load_tokenizer(path), video_settings(path), path.name)
 
     def visual_plan(self, frames: int, height: int, width: int) -> VisualPlan:

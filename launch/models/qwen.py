@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from launch.models.base import VISUAL, Prompt, TextSide, VisualPlan, check_run
 from launch.models.files import load_model, load_tokenizer, render_chat, video_settings
 from launch.models.pixels import Pixels, fit
 from token_reduction import VisualTokens
+
+if TYPE_CHECKING:
+    from moe.integrations.huggingface_loading import OwnExperts
 
 
 class QwenAdapter(TextSide):
@@ -124,11 +127,11 @@ class Qwen25Adapter(QwenAdapter):
     colours = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
     @classmethod
-    def load(cls, path: Path, dtype: torch.dtype, device: Any) -> Qwen25Adapter:
+    def load(cls, path: Path, dtype: torch.dtype, device: Any, own: OwnExperts | None = None) -> Qwen25Adapter:
         """From a local directory."""
         from transformers import Qwen2_5_VLForConditionalGeneration
 
-        model = load_model(Qwen2_5_VLForConditionalGeneration, path, dtype, device)
+        model = load_model(Qwen2_5_VLForConditionalGeneration, path, dtype, device, own)
         return cls(model, load_tokenizer(path), video_settings(path), path.name)
 
     def fitted(self, frames: int, height: int, width: int) -> tuple[int, int]:
@@ -160,11 +163,11 @@ class Qwen3Adapter(QwenAdapter):
         self.planes = len(model.config.vision_config.deepstack_visual_indexes)
 
     @classmethod
-    def load(cls, path: Path, dtype: torch.dtype, device: Any) -> Qwen3Adapter:
+    def load(cls, path: Path, dtype: torch.dtype, device: Any, own: OwnExperts | None = None) -> Qwen3Adapter:
         """From a local directory."""
         from transformers import Qwen3VLForConditionalGeneration
 
-        model = load_model(Qwen3VLForConditionalGeneration, path, dtype, device)
+        model = load_model(Qwen3VLForConditionalGeneration, path, dtype, device, own)
         return cls(model, load_tokenizer(path), video_settings(path), path.name)
 
     def fitted(self, frames: int, height: int, width: int) -> tuple[int, int]:
@@ -211,11 +214,11 @@ class Qwen3MoeAdapter(Qwen3Adapter):
     """Qwen3-VL with experts in its language model; everything else is Qwen3-VL's."""
 
     @classmethod
-    def load(cls, path: Path, dtype: torch.dtype, device: Any) -> Qwen3MoeAdapter:
+    def load(cls, path: Path, dtype: torch.dtype, device: Any, own: OwnExperts | None = None) -> Qwen3MoeAdapter:
         """From a local directory."""
         from transformers import Qwen3VLMoeForConditionalGeneration
 
-        model = load_model(Qwen3VLMoeForConditionalGeneration, path, dtype, device)
+        model = load_model(Qwen3VLMoeForConditionalGeneration, path, dtype, device, own)
         return cls(model, load_tokenizer(path), video_settings(path), path.name)
 
 

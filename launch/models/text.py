@@ -7,12 +7,15 @@ experts and all; their words about the picture mean nothing.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from launch.models.demo import DemoAdapter
 from launch.models.files import load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    from moe.integrations.huggingface_loading import OwnExperts
 
 
 class TextAdapter(DemoAdapter):
@@ -27,12 +30,12 @@ class TextAdapter(DemoAdapter):
         )
 
     @classmethod
-    def load(cls, path: Path, dtype: torch.dtype, device: Any) -> TextAdapter:
+    def load(cls, path: Path, dtype: torch.dtype, device: Any, own: OwnExperts | None = None) -> TextAdapter:
         """From a local directory; the encoder is the demo's and stays float32 whatever the dtype."""
         from transformers import AutoModelForCausalLM
 
         from launch import assets, encoder
 
-        model = load_model(AutoModelForCausalLM, path, dtype, device)
+        model = load_model(AutoModelForCausalLM, path, dtype, device, own)
         vit = encoder.load(Path(assets.demo_dir()) / "vit.safetensors", fit="squash", device=device)
         return cls(vit, model, load_tokenizer(path), path.name)

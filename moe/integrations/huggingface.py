@@ -13,6 +13,7 @@ biases, clamps and activations stay the model's. Written for transformers 5.23.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,10 +24,24 @@ from moe.dispatch import DISPATCHERS, Dispatched, Dispatcher, build_dispatcher
 from moe.dispatch.pipelined import through_experts
 from tokenring.transport import Transport, connect
 
-__all__ = ["DispatcherEP", "SpreadExperts", "expert_modules", "expert_parallel", "register"]
+__all__ = ["DispatcherEP", "HeldPart", "SpreadExperts", "expert_modules", "expert_parallel", "register"]
 
 ADDED_ONCE = "down_proj_bias"
 """Parts of an expert are added up; the first one has its last bias, the others keep zeros."""
+
+
+@dataclass(frozen=True)
+class HeldPart:
+    """Which experts of a layer a module was loaded with; see `moe.integrations.huggingface_loading`."""
+
+    first: int
+    """Number of its first expert."""
+    whole: int
+    """E, of the layer."""
+
+
+def _held(module: nn.Module) -> HeldPart:
+    return getattr(module, "_held_part", HeldPart(0, module.num_experts))
 
 
 def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -54,7 +69,7 @@ def expert_parallel(
     block, those of all other parameters are to be summed or averaged over it as in data parallelism.
 
     Args:
-        model: with whole experts on every rank; it is changed and returned.
+        model: with whole experts on every rank, or those that `load_own_experts` read for it; it is changed and returned.
         group: the EP group; None: one rank.
         etp_group: ranks that hold parts of the same experts; None: experts stay whole.
         dispatcher, options: as in `moe.build_dispatcher`.
@@ -69,7 +84,9 @@ def expert_parallel(
     for name, module in modules.items():
         if getattr(module, "_is_expert_parallel", False):
             raise ValueError(f"experts of {name} are spread already; call expert_parallel once")
-        d = build_dispatcher(dispatcher, num_experts=module.num_experts, ep_group=group, etp_group=etp_group, **options)
+        d = build_dispatcher(
+            dispatcher, num_experts=_held(module).whole, ep_group=group, etp_group=etp_group, **options
+        )
         SpreadExperts(module, d, chunks)
     return model
 
@@ -106,20 +123,28 @@ class SpreadExperts:
 
 
 def _keep_local(module: nn.Module, d: Dispatcher) -> None:
-    """Cut every parameter of whole experts to this rank's experts, and to its part of each."""
-    whole, etp = module.num_experts, d.etp.world
+    """Cut every parameter of the experts held to this rank's experts, and to its part of each."""
+    held, here, etp = _held(module), module.num_experts, d.etp.world
+    first = d.first_expert - held.first
+    if held.whole != d.num_experts or first < 0 or first + d.local_experts > here:
+        raise ValueError(
+            f"{type(module).__name__} holds experts {held.first} to {held.first + here - 1} of {held.whole}; this rank needs "
+            f"{d.first_expert} to {d.first_expert + d.local_experts - 1} of {d.num_experts}: load those"
+        )
     if etp > 1 and getattr(module, "has_post_expert_norm", False):
         raise ValueError(
             f"{type(module).__name__} norms what an expert gives, which parts of an expert cannot; give ETP 1"
         )
-    mine = slice(d.first_expert, d.first_expert + d.local_experts)
+    mine = slice(first, first + d.local_experts)
     for name, parameter in list(module.named_parameters(recurse=False)):
-        if parameter.shape[0] == whole:
+        if parameter.shape[0] == here:
             kept, learns = parameter.detach()[mine], parameter.requires_grad
             if etp > 1:
                 kept = _part_of_experts(module, name, kept, etp, d.etp.rank)
                 learns &= name != ADDED_ONCE or d.etp.rank == 0
-            setattr(module, name, nn.Parameter(kept.clone(), requires_grad=learns))
+            if kept.shape != parameter.shape or not isinstance(getattr(module, "_held_part", None), HeldPart):
+                kept = kept.clone()  # what was loaded for this rank alone needs no copy
+            setattr(module, name, nn.Parameter(kept, requires_grad=learns))
     module.num_experts = d.local_experts
     module._is_expert_parallel = True
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from launch import encoder, pipeline
 from launch.config import (
@@ -26,6 +27,7 @@ from launch.models.expert_block import ExpertBlock
 from launch.preflight import preflight
 from launch.progress import Log
 from launch.records import RankRecord, merge
+from moe.integrations.huggingface import expert_modules
 from tests.launch import tiny_models
 from tests.launch.drift import make_clip
 from tests.pool import Pool
@@ -57,12 +59,15 @@ def config_of(clip: Path, model: str, world: int, **moe: Any) -> RunConfig:
 
 
 def watch(group: Any, config: RunConfig, spoil: int | None = None) -> RankRecord:
-    """One run; rank `spoil` gets an expert wrong."""
+    """One run; rank `spoil` gets an expert wrong. No rank but the one that verifies reads whole experts."""
     torch.set_num_threads(1)
     whole, spread = encoder.load, mixture.spread
 
-    def spoiled(*given: Any) -> list[mixture.HeldExperts]:
-        layers = spread(*given)
+    def spoiled(model: nn.Module, block: ExpertBlock, keep_whole: bool) -> list[mixture.HeldExperts]:
+        read = {module.num_experts for module in expert_modules(model).values()}
+        ep = block.ep_group.size() if block.ep_group is not None and not keep_whole else 1
+        assert read == {block.experts // ep} and keep_whole == (group.rank() == 0)
+        layers = spread(model, block, keep_whole)
         if spoil == group.rank():
             layers[0].module.down_proj.data[0] *= 1.05
         return layers

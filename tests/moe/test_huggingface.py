@@ -153,3 +153,88 @@ def test_what_is_no_mixture_is_refused() -> None:
         expert_parallel(model, None)
     with pytest.raises(ValueError, match="chunks is 0"):
         expert_parallel(build("qwen3"), None, chunks=0)
+
+
+def saved(folder, kind: str):
+    """A model and its directory: one tensor for each expert in the files, or (qwen3-vl) one for all of a layer."""
+    if kind != "qwen3-vl":
+        model = build(kind)
+    else:
+        from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+        rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+        own = {"num_local_experts": 8, "moe_intermediate_size": 16, "head_dim": 8, "rope_parameters": rope}
+        vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
+        vision |= {"patch_size": 4, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+        torch.manual_seed(0)
+        config = Qwen3VLMoeConfig(text_config=SIZES | own, vision_config=vision)
+        model = Qwen3VLMoeForConditionalGeneration(config)
+    model.generation_config.eos_token_id = 5
+    model.save_pretrained(folder, max_shard_size="64KB" if kind == "qwen3" else "1GB")
+    return model
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "mixtral", "qwen3-vl"])
+def test_a_rank_reads_its_own_experts_and_no_others(tmp_path, kind: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from moe.integrations.huggingface_loading import ONE_EXPERT, OwnExperts, load_own_experts
+
+    whole = saved(tmp_path, kind)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (kind == "qwen3")
+    found = {}
+    for part in range(4):
+        for file in tmp_path.glob("*.safetensors"):  # what belongs to others is spoiled before it can be read
+            tensors = load_file(file)
+            for name, x in tensors.items():
+                if one := ONE_EXPERT.search(name):
+                    tensors[name] = x if int(one[1]) // 2 >= part else torch.full_like(x, torch.nan)
+                elif ".experts." in name:
+                    x[: 2 * part] = torch.nan
+            save_file(tensors, file, metadata={"format": "pt"})
+        model, info = load_own_experts(type(whole), tmp_path, OwnExperts(part, 4), dtype=torch.float32)
+        assert type(model) is type(whole) and not info["missing_keys"] and not info["mismatched_keys"]
+        assert model.generation_config.eos_token_id == 5 and not model.training
+        for name, p in model.named_parameters():
+            found.setdefault(name, []).append(p)
+    for name, p in whole.named_parameters():
+        parts = found[name]
+        spread = ".experts." in name
+        assert torch.equal(torch.cat(list(parts)) if spread else parts[-1], p), name
+        if spread:
+            assert all(part.shape[0] == 2 for part in parts)
+
+
+def own_on_rank(group, folder: str, dispatcher: str):
+    from transformers import AutoModelForCausalLM
+
+    from moe.integrations.huggingface import expert_parallel
+    from moe.integrations.huggingface_loading import OwnExperts, load_own_experts
+
+    own = OwnExperts(group.rank(), group.size())
+    model, _ = load_own_experts(AutoModelForCausalLM, folder, own, dtype=torch.float32)
+    model = expert_parallel(model.train(), group, dispatcher=dispatcher)
+    logits, loss = loss_of(model, batch(group.rank()))
+    loss.backward()
+    return logits.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_own_experts_read_and_spread_give_what_one_rank_gives(pool, tmp_path) -> None:
+    saved(tmp_path, "qwen3")
+    compare(pool.run(4, own_on_rank, str(tmp_path), "dedup"), "qwen3")
+
+
+def test_experts_of_another_rank_are_refused(tmp_path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from moe.integrations.huggingface import expert_parallel
+    from moe.integrations.huggingface_loading import OwnExperts, load_own_experts
+
+    saved(tmp_path, "mixtral")
+    model, _ = load_own_experts(AutoModelForCausalLM, tmp_path, OwnExperts(1, 2), dtype=torch.float32)
+    with pytest.raises(ValueError, match="holds experts 4 to 7 of 8; this rank needs 0 to 7 of 8"):
+        expert_parallel(model, None)
+    with pytest.raises(ValueError, match="8 experts do not make 3 equal parts"):
+        load_own_experts(AutoModelForCausalLM, tmp_path, OwnExperts(1, 3), dtype=torch.float32)
+    with pytest.raises(ValueError, match="part 2 of 2"):
+        OwnExperts(2, 2)
