@@ -33,6 +33,7 @@ from torch import Tensor
 from benchmarks.moe_rivals import DEEPSPEED, MEGATRON, rivals
 from benchmarks.record import measured
 from moe import build_dispatcher, traffic
+from moe.dispatch.pages import WAITING
 from moe.workloads import WORKLOADS, routing
 
 OURS = ("dedup", "hierarchical", "alltoall", "allgather")
@@ -52,9 +53,10 @@ def ours(name: str, group: dist.ProcessGroup, options: argparse.Namespace) -> Ca
 
 
 def peak_bytes(reset: bool) -> int:
-    """Resident high-water mark of this process; `reset` makes it start from here."""
+    """Resident high-water mark of this process; `reset` makes it start from here, with no memory waiting to be used again."""
     if reset:
         gc.collect()
+        WAITING.clear()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     for line in Path("/proc/self/status").read_text().splitlines():

@@ -12,11 +12,12 @@ is posted on both of its ends, so nothing waits in a circle.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from moe.dispatch.pages import room
 from tokenring.transport import Transport
 
 ROW_LANE = 1
@@ -84,6 +85,10 @@ def _pieces(peer: int, rows: int, most: int) -> list[Piece]:
     return [Piece(peer, start, min(start + most, rows)) for start in range(0, rows, most)]
 
 
+def _largest(pieces: Iterable[Piece | None]) -> int:
+    return max((piece.stop - piece.start for piece in pieces if piece is not None), default=0)
+
+
 def own_pieces(place: int, rows: int, like: Tensor) -> list[Piece]:
     """The pieces of what stays at this rank."""
     return _pieces(place, rows, rows_of_a_piece(like))
@@ -96,18 +101,18 @@ def rows_of_a_piece(like: Tensor) -> int:
 
 
 class Ring:
-    """Buffers that take turns."""
+    """Buffers that take turns, in one block."""
 
-    def __init__(self, like: Tensor, turns: int) -> None:
-        self._like, self._turns = like, turns
-        self._buffers: dict[int, Tensor] = {}
+    def __init__(self, like: Tensor, turns: int, most: int) -> None:
+        self._like, self._turns, self._most = like, turns, most
+        self._block: Tensor | None = None
 
     def rows(self, turn: int, count: int) -> Tensor:
         """(count, H) of the buffer whose turn it is."""
-        buffer = self._buffers.get(turn % self._turns)
-        if buffer is None or buffer.shape[0] < count:
-            buffer = self._buffers[turn % self._turns] = self._like.new_empty(count, self._like.shape[1])
-        return buffer[:count]
+        if self._block is None:
+            self._block = room(self._like, self._turns * self._most)
+        start = turn % self._turns * self._most
+        return self._block[start : start + count]
 
 
 class Exchange:
@@ -138,8 +143,9 @@ class Exchange:
         self._give, self._room = give, room
         self._numbers = [next(_step_numbers) for _ in steps]
         # one more turn than steps under way: the next is posted before what arrived last is used
-        turns = AHEAD + 1 if patient else max(1, len(steps))
-        self._leaving, self._arriving = Ring(like, turns), Ring(like, turns)
+        turns = min(AHEAD + 1, len(steps)) if patient else len(steps)
+        self._leaving = Ring(like, turns, _largest(step.leaves for step in steps))
+        self._arriving = Ring(like, turns, _largest(step.arrives for step in steps))
         self._slots: dict[int, Tensor] = {}
         self._posted = 0
         self._post_up_to(AHEAD if patient else len(steps))
