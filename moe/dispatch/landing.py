@@ -21,8 +21,8 @@ from moe.dispatch.hop import Hop
 from moe.dispatch.pages import room
 from moe.dispatch.wire import Entries
 
-Run = tuple[int, Tensor]
-"""Where it starts, and which rows of the piece make it."""
+Run = tuple[int, int, Tensor]
+"""Where it starts and stops, and which rows make it: of the piece, or of all that this rank sends where it is its own."""
 
 
 @dataclass
@@ -52,10 +52,16 @@ class Landing:
         """(M, H) of rows that arrive, and of this rank's own out of (num_rows, H)."""
         out, place = self._room(x), hop.stage.place
         index = hop.choice.rows_for(place)
+        if out.device.type == "cpu":
+            if not self._runs:
+                self._find_runs(rows_of_a_piece(x), place, index)
+            self._fill(out, x, (place, 0))
+            exchange.finish(lambda piece, rows: self._fill(out, rows, (piece.peer, piece.start)))
+            return out
         for own in own_pieces(place, self.received[place], x):
             here = x[own.rows] if index is None else x
-            self._lay(out, own, here, None if index is None else index[own.rows], x)
-        exchange.finish(lambda piece, rows: self._lay(out, piece, rows, None, x))
+            self._scatter(out, own, here, None if index is None else index[own.rows], x)
+        exchange.finish(lambda piece, rows: self._scatter(out, piece, rows, None, x))
         return out
 
     def span(self, piece: Piece, like: Tensor) -> tuple[slice, slice]:
@@ -70,39 +76,35 @@ class Landing:
         out = room(x, self.token_row.numel())
         return out.zero_() if self.place.numel() < self.token_row.numel() else out
 
-    def _lay(self, out: Tensor, piece: Piece, rows: Tensor, index: Tensor | None, like: Tensor) -> None:
-        """Copy the rows of a piece, or those of `rows` that `index` names, to their places."""
+    def _fill(self, out: Tensor, rows: Tensor, piece: tuple[int, int]) -> None:
+        for start, stop, local in self._runs.get(piece, ()):
+            torch.index_select(rows, 0, local, out=out[start:stop])
+
+    def _scatter(self, out: Tensor, piece: Piece, rows: Tensor, index: Tensor | None, like: Tensor) -> None:
+        """In one launch: the rows of a piece, or those of `rows` that `index` names, to their places."""
         if piece.start == piece.stop:
             return
-        if out.device.type != "cpu":
-            span, entries = self.span(piece, like)
-            places = self.place[entries]
-            local = self.token_row[places] - span.start
-            out.index_copy_(0, places, rows.index_select(0, local if index is None else index[local]))
-            return
-        for start, local in self._runs_of(piece, like):
-            source = local if index is None else index[local]
-            torch.index_select(rows, 0, source, out=out[start : start + local.numel()])
+        span, entries = self.span(piece, like)
+        places = self.place[entries]
+        local = self.token_row[places] - span.start
+        out.index_copy_(0, places, rows.index_select(0, local if index is None else index[local]))
 
-    def _runs_of(self, piece: Piece, like: Tensor) -> list[Run]:
-        if not self._runs:
-            self._find_runs(rows_of_a_piece(like))
-        return self._runs.get((piece.peer, piece.start), [])
-
-    def _find_runs(self, most: int) -> None:
-        """All at once, as sorting many small pieces takes longer: entries by piece and place; a run ends where either jumps."""
-        starts = [(peer, start) for peer, start, _ in self._cuts(most)]
-        first = torch.tensor([row for _, _, row in self._cuts(most)], dtype=torch.int64)
-        row = self.token_row[self.place]
-        piece = torch.searchsorted(first, row, right=True) - 1
-        order = (piece * self.token_row.numel() + self.place).argsort()
-        place, piece = self.place[order], piece[order]
-        local = row[order] - first[piece]
-        jumps = (place.diff() != 1) | (piece.diff() != 0)
-        at = torch.cat([jumps.new_ones(min(1, place.numel())), jumps]).nonzero().squeeze(1)
-        runs = local.tensor_split(at[1:].tolist()) if at.numel() else ()
-        for number, start, run in zip(piece[at].tolist(), place[at].tolist(), runs):
-            self._runs.setdefault(starts[number], []).append((start, run))
+    def _find_runs(self, most: int, own: int, index: Tensor | None) -> None:
+        """All at once; a run ends where the next place is another piece's. What is this rank's own is one piece of any size."""
+        cuts = [cut for cut in self._cuts(most) if cut[0] != own or cut[1] == 0]
+        first = torch.tensor([row for _, _, row in cuts], dtype=torch.int64)
+        piece = torch.searchsorted(first, self.token_row, right=True) - 1  # filling is no piece's
+        local = self.token_row - first[piece]
+        for number, cut in enumerate(cuts):
+            if cut[0] == own and index is not None:
+                here = piece == number
+                local[here] = index[local[here]]
+        stops = (piece.diff() != 0).nonzero().squeeze(1) + 1
+        edges = [0, *stops.tolist(), piece.numel()]
+        numbers = piece[torch.tensor(edges[:-1])].tolist() if piece.numel() else []
+        for number, start, stop in zip(numbers, edges, edges[1:]):
+            if number >= 0:
+                self._runs.setdefault(cuts[number][:2], []).append((start, stop, local[start:stop]))
 
     def _cuts(self, most: int) -> Iterator[tuple[int, int, int]]:
         """(peer, first row of what came from it, first row of all) of every piece."""
