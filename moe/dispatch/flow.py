@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from moe.dispatch.exchange import Exchange, Piece
 from moe.dispatch.hop import Hop, Return
 from moe.dispatch.landing import Landing
-from moe.dispatch.rows import add_up, scale_with_dots
+from moe.dispatch.rows import add_up, by_bags, scale_with_dots, sum_dtype
 
 ROWS_NEED_GRAD, WEIGHTS_NEED_GRAD = 1, 2
 
@@ -81,7 +81,18 @@ class Route:
             rows, entries = self.landing.span(piece, y)
             return add_up(y, place[entries], counts[rows], None if held is None else held[entries], y.dtype)
 
-        return self.hops[-1].start_reverse(summed, y, patient)
+        def own() -> Tensor:
+            hop = self.hops[-1]
+            rows, entries = self.landing.span(Piece(hop.stage.place, 0, hop.received[hop.stage.place]), y)
+            index = hop.choice.rows_for(hop.stage.place)
+            of_all = (
+                counts[rows] if index is None else counts.new_zeros(hop.num_rows).index_copy_(0, index, counts[rows])
+            )
+            return add_up(y, place[entries], of_all, None if held is None else held[entries], y.dtype)
+
+        # straight to where sums go, if rows are in order there and no rounding comes between
+        straight = self.hops[-1].choice.counts is not None and by_bags(y, held, sum_dtype(y.dtype))
+        return self.hops[-1].start_reverse(summed, y, patient, own if straight else None)
 
     def finish_collect(self, way: Return | Tensor, like: Tensor, patient: bool) -> Tensor:
         """The rest of the way: sums (T, H) in the dtype of `like`."""

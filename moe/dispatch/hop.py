@@ -146,15 +146,21 @@ class Hop:
         """(sum(received), H), not filled."""
         return room(x, sum(self.received))
 
-    def start_reverse(self, home: Callable[[Piece], Tensor], like: Tensor, patient: bool) -> Return:
+    def start_reverse(
+        self,
+        home: Callable[[Piece], Tensor],
+        like: Tensor,
+        patient: bool,
+        own: Callable[[], Tensor] | None = None,
+    ) -> Return:
         """Post the way back.
 
         Args:
             home: rows that came from a peer, or this rank's own -> their sums, in the dtype of `like`.
             like: any tensor of the wire's dtype and device with H columns.
             patient: see `Exchange`.
+            own: gives (num_rows, H), the sums of this rank's own rows, zeros for others; None: `home` gives them in pieces.
         """
-        total = room(like, self.num_rows, sum_dtype(like.dtype)).zero_()
         exchange = self._exchange(
             self.received,
             self.choice.row_splits,
@@ -164,6 +170,9 @@ class Hop:
             patient,
             onwards=False,
         )
+        if own is not None:
+            return Return(exchange, own())
+        total = room(like, self.num_rows, sum_dtype(like.dtype)).zero_()
         for piece in own_pieces(self.stage.place, self.received[self.stage.place], like):
             self._add(total, piece, home(piece))
         return Return(exchange, total)

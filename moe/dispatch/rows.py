@@ -33,10 +33,15 @@ def add_up(y: Tensor, place: Tensor, counts: Tensor, weights: Tensor | None, dty
     >>> add_up(y, torch.tensor([2, 0]), torch.tensor([2, 0]), torch.tensor([1.0, 3.0]), y.dtype).tolist()
     [[7.0], [0.0]]
     """
-    plain = y.device.type == "cpu" and y.dtype == dtype == sum_dtype(y.dtype)
-    if plain and (weights is None or weights.dtype == y.dtype):
+    if by_bags(y, weights, dtype):
         return _by_bags(y, place, counts, weights)
     return _by_slots(y, place, counts, weights).to(dtype)
+
+
+def by_bags(y: Tensor, weights: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether `add_up` sums in one call that needs no memory but its result."""
+    plain = y.device.type == "cpu" and y.dtype == dtype == sum_dtype(y.dtype)
+    return plain and (weights is None or weights.dtype == y.dtype)
 
 
 def _by_bags(y: Tensor, place: Tensor, counts: Tensor, weights: Tensor | None) -> Tensor:
