@@ -1,7 +1,14 @@
-"""The dispatcher whose rows are expected to arrive first, chosen once by the byte model and the links."""
+"""The dispatcher that is expected to be done first, chosen once by the byte model, the links, and what copies cost.
+
+    seconds = 2 links(rows sent) + rows copied / memory rate      there and back; the busiest rank's copies
+
+Rows are copied where they are picked for a peer and where sums that come back are added; `allgather` sends its rows as they lie,
+and so picks none. Over fast links, or processors that many ranks share, that outweighs the bytes it sends more.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +21,7 @@ from moe.dispatch.flow import Route
 from moe.dispatch.hierarchical import Hierarchical
 from moe.dispatch.hop import Stage
 from moe.traffic import traffic
-from tokenring.topology import Topology
+from tokenring.topology import BYTES_PER_GB, Topology
 
 NOMINAL_TOKENS = 1024
 INSIDE_GBYTES_PER_S, BETWEEN_GBYTES_PER_S = 450.0, 50.0
@@ -27,7 +34,8 @@ class Auto(Dispatcher):
     Copies per expert never win: they send no fewer rows than `dedup` over any link. All ranks choose alike, from what they all know.
 
     Args:
-        topology: a `tokenring.topology.Topology` of the EP x ETP block; None: the rates above.
+        topology: a `tokenring.topology.Topology` of the EP x ETP block; None: the rates above. Copies count where it knows
+            `costs.merge_gbytes_per_s`, as one that `Topology.probe` measured does.
         ranks_per_node: as in `Hierarchical`; None: one node.
     """
 
@@ -47,7 +55,7 @@ class Auto(Dispatcher):
         self._hierarchical = Hierarchical(ranks_per_node=ranks_per_node, **options)
         self.chosen: Dispatcher | None = None
         self.seconds: dict[str, float] = {}
-        """Modelled seconds of the rows of one dispatch of 1,024 tokens a rank, by name, once chosen."""
+        """Modelled seconds of one dispatch of 1,024 tokens a rank and its combine, by name, once chosen."""
 
     def stages(self) -> list[Stage]:
         """Those of the chosen dispatcher."""
@@ -87,7 +95,19 @@ class Auto(Dispatcher):
         if name == "hierarchical":  # a row goes on inside the node once it has arrived there
             across = {pair: size for pair, size in sent.items() if pair[0] // per_node != pair[1] // per_node}
             parts = [across, {pair: size for pair, size in sent.items() if pair not in across}]
-        return sum(self._topology.seconds((a, b, size) for (a, b), size in part.items()) for part in parts)
+        links = sum(self._topology.seconds((a, b, size) for (a, b), size in part.items()) for part in parts)
+        return 2 * links + self._copying(sent, picks=name != "allgather")
+
+    def _copying(self, sent: Mapping[tuple[int, int], float], *, picks: bool) -> float:
+        """Seconds that the busiest rank copies rows it sends and adds those that come back for them."""
+        costs, etp = self._topology.costs, self.etp.world
+        if costs is None or costs.merge_gbytes_per_s is None:
+            return 0.0
+        copied = [0.0] * (self.ep.world * etp)
+        for (a, b), size in sent.items():
+            over_ep = a // etp != b // etp  # over the ETP group rows go whole
+            copied[a] += size * (2 if picks and over_ep else 1)
+        return max(copied) / (BYTES_PER_GB * costs.merge_gbytes_per_s)
 
 
 def default_topology(block: int, ranks_per_node: int | None) -> Topology:

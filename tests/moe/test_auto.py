@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moe import build_dispatcher
 from tests.moe.cases import Block, Case, H, apply_experts
+from tokenring.links.costs import Costs
 from tokenring.topology import Topology
 from tokenring.transport.inprocess import run_local
 
@@ -27,6 +28,10 @@ def chosen_on_rank(group, experts: int, topk: int, options: dict) -> tuple[str, 
         (64, 8, {"ranks_per_node": 4}, "hierarchical"),
         (64, 8, {"topology": Topology.nodes(2, 4, intra=400.0, inter=10.0)}, "hierarchical"),
         (64, 1, {"topology": Topology.nodes(2, 4, intra=1.0, inter=100.0, nic_per="rank")}, "dedup"),
+        (16, 8, {"topology": Topology.bus(8, 3.1)}, "dedup"),
+        (16, 8, {"topology": Topology.bus(8, 3.1, costs=Costs(merge_gbytes_per_s=10.0))}, "dedup"),
+        (16, 8, {"topology": Topology.bus(8, 3.1, costs=Costs(merge_gbytes_per_s=0.2))}, "allgather"),
+        (16, 8, {"topology": Topology.bus(8, 300.0, costs=Costs(merge_gbytes_per_s=10.0))}, "allgather"),
     ],
 )
 def test_the_choice_follows_the_links(experts: int, topk: int, options: dict, name: str) -> None:
@@ -34,6 +39,16 @@ def test_the_choice_follows_the_links(experts: int, topk: int, options: dict, na
     assert {chosen for chosen, _ in found} == {name}
     assert all(seconds == found[0][1] for _, seconds in found)
     assert found[0][1][name] == min(found[0][1].values())
+
+
+def test_what_copies_cost_counts_beside_the_links() -> None:
+    """By hand: 8 experts a rank of 2, k = 2; a token wants the other rank with p = 1 - (8 7) / (16 15)."""
+    links = Topology.bus(2, 1.0, costs=Costs(merge_gbytes_per_s=0.5))
+    ((_, found), _) = run_local(2, chosen_on_rank, 16, 2, {"topology": links})
+    row, p = 1024 * 64 * 4 / 1e9, 1 - 8 * 7 / (16 * 15)
+    # there and back over one bus for both ranks; dedup copies what leaves and adds what returns, allgather only adds
+    assert found["dedup"] == pytest.approx(4 * p * row + 2 * p * row / 0.5)
+    assert found["allgather"] == pytest.approx(4 * row + row / 0.5)
 
 
 def refused_first(group) -> str:
