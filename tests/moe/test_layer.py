@@ -81,9 +81,7 @@ def on_rank(
 ) -> dict:
     at = f.coordinates(rank)
     stage, w = at["pp"], weights_of(at["pp"])
-    router = {"dtype": torch.float64}
-    if factor is not None:
-        router |= {"capacity_factor": factor, "drop_over": "sequence"}
+    dropping = {} if factor is None else {"capacity_factor": factor, "drop_over": "sequence"}
     block = f.ep * f.etp
     layer = MoELayer(
         H,
@@ -98,7 +96,7 @@ def on_rank(
         shared_ffn_size=F,
         shared_gate=True,
         chunks=chunks,
-        router=router,
+        router={"dtype": torch.float64, **dropping},
         dtype=torch.float64,
     ).double()
     local = slice(at["ep"] * (E // f.ep), (at["ep"] + 1) * (E // f.ep))
