@@ -3,6 +3,7 @@
     python -m benchmarks.token_reduction [--frames 17] [--ratio 0.1] [--out FILE.json] [--readme README.md] [--pictures DIR]
     python -m benchmarks.token_reduction --scale                                100,000 tokens at once, coverage, refusals
     python -m benchmarks.token_reduction --hour [METHOD ...] --out FILE.json    an hour of video; begun again where it stopped
+    python -m benchmarks.token_reduction --batch [METHOD ...] --out FILE.json   many items at once beside one by one
     python -m benchmarks.token_reduction --run [METHOD ...]                     32 frames through `tokenring run`
     python -m benchmarks.token_reduction --select [METHOD ...]                  every method's selection on that run's tokens
 
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import token_reduction_batch as batch
 from benchmarks import token_reduction_hour as hour
 from benchmarks import token_reduction_scale as scale
 from benchmarks.record import measured
@@ -176,6 +178,7 @@ def main() -> None:
     parser.add_argument("--scale", action="store_true")
     parser.add_argument("--hour", nargs="*", metavar="METHOD")
     parser.add_argument("--hour-frames", type=int, default=scale.HOUR, help="fewer, to try it")
+    parser.add_argument("--batch", nargs="*", metavar="METHOD")
     parser.add_argument("--run", nargs="*", metavar="METHOD")
     parser.add_argument("--select", nargs="*", metavar="METHOD")
     parser.add_argument("--repeat", type=int, default=3)
@@ -183,10 +186,13 @@ def main() -> None:
     table_only = not options.scale and options.hour is options.run is options.select is None
     if options.threads or table_only:
         torch.set_num_threads(options.threads or 1)
+    if (options.hour is not None or options.batch is not None) and options.out is None:
+        parser.error("--hour and --batch write a file of figures; give --out FILE")
     if options.hour is not None:
-        if options.out is None:
-            parser.error("--hour writes after every method; give --out FILE")
         hour.measure(options.out, options.hour, options.hour_frames)
+        return
+    if options.batch is not None:
+        batch.measure(options.out, options.batch)
         return
     if options.scale:
         result = about() | scale.measure()

@@ -26,7 +26,8 @@ from token_reduction.tokens import TokenShard, text_of
 from tokenring.transport import Transport
 
 _BY_LAYER = {"cls_attn": "layers", "recv_attn": "layers", "cls_logits": "heads"}
-_MATRIX_ENTRIES = 2**24  # entries of all n x n matrices of one batch: what bounds memory when many frames are batched
+_ENTRIES = {"cpu": 2**20}  # of rows and n x n matrices of one batch: what stays near a CPU's caches,
+_DEVICE_ENTRIES = 2**24  # and what bounds memory where kernels want to be large
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class UnitReducer(Reducer):
         planes |= {name: shard.channels[name] for name in used_channels(self, shard)}
         pieces = _Pieces(shard, units, planes, transport)
         answers: dict[int, Selection] = {}
-        for numbers in _alike(units, pieces.touched):
+        most = _ENTRIES.get(shard.x.device.type, _DEVICE_ENTRIES)
+        for numbers in _alike(units, pieces.touched, shard.x.shape[1], most):
             batch = pieces.batch(numbers)
             count, length = units[numbers[0]].count, batch.x.shape[1]
             everything = Selection(torch.arange(length, device=batch.x.device))
@@ -168,14 +170,15 @@ class _Pieces:
         return self.gathered[name][slice(*torch.searchsorted(self.at, edges).tolist())]
 
 
-def _alike(units: Sequence[Unit], touched: Sequence[int]) -> Iterator[list[int]]:
+def _alike(units: Sequence[Unit], touched: Sequence[int], width: int, most: int) -> Iterator[list[int]]:
     """Runs of units that can be one batch: same grid and count, and not too large together."""
     groups: dict[tuple, list[int]] = {}
     for number in touched:
         unit = units[number]
         groups.setdefault((unit.grid, unit.count), []).append(number)
     for ((t, h, w), _), numbers in groups.items():
-        size = max(1, _MATRIX_ENTRIES // (t * h * w) ** 2)
+        rows = t * h * w
+        size = max(1, most // (rows * (rows + width)))
         yield from (numbers[i : i + size] for i in range(0, len(numbers), size))
 
 
