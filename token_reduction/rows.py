@@ -67,6 +67,13 @@ def blocks(rows: int, width: int, device: torch.device) -> Iterator[tuple[int, i
     return ((first, min(first + step, rows)) for first in range(0, rows, step))
 
 
+def at_once(rows: int, width: int, device: torch.device) -> int:
+    """How many units of `rows` rows, with a matrix of all pairs each, are handled at once: those that stay near the caches (CPU),
+    or that memory allows where kernels want to be large."""
+    entries = 2**20 if device.type == "cpu" else 2**24
+    return max(1, entries // (rows * (rows + width)))
+
+
 _HELD_BYTES = 2**29
 
 

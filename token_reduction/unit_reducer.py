@@ -22,12 +22,11 @@ from token_reduction.borrow import Borrow
 from token_reduction.exact import spread
 from token_reduction.reducer import Reducer, refuse_unfinite
 from token_reduction.reduction import Reduction
+from token_reduction.rows import at_once
 from token_reduction.tokens import TokenShard, text_of
 from tokenring.transport import Transport
 
 _BY_LAYER = {"cls_attn": "layers", "recv_attn": "layers", "cls_logits": "heads"}
-_ENTRIES = {"cpu": 2**20}  # of rows and n x n matrices of one batch: what stays near a CPU's caches,
-_DEVICE_ENTRIES = 2**24  # and what bounds memory where kernels want to be large
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,7 @@ class UnitReducer(Reducer):
         planes |= {name: shard.channels[name] for name in used_channels(self, shard)}
         pieces = _Pieces(shard, units, planes, transport)
         answers: dict[int, Selection] = {}
-        most = _ENTRIES.get(shard.x.device.type, _DEVICE_ENTRIES)
-        for numbers in _alike(units, pieces.touched, shard.x.shape[1], most):
+        for numbers in _alike(units, pieces.touched, shard.x):
             batch = pieces.batch(numbers)
             count, length = units[numbers[0]].count, batch.x.shape[1]
             everything = Selection(torch.arange(length, device=batch.x.device))
@@ -170,15 +168,14 @@ class _Pieces:
         return self.gathered[name][slice(*torch.searchsorted(self.at, edges).tolist())]
 
 
-def _alike(units: Sequence[Unit], touched: Sequence[int], width: int, most: int) -> Iterator[list[int]]:
+def _alike(units: Sequence[Unit], touched: Sequence[int], x: Tensor) -> Iterator[list[int]]:
     """Runs of units that can be one batch: same grid and count, and not too large together."""
     groups: dict[tuple, list[int]] = {}
     for number in touched:
         unit = units[number]
         groups.setdefault((unit.grid, unit.count), []).append(number)
     for ((t, h, w), _), numbers in groups.items():
-        rows = t * h * w
-        size = max(1, most // (rows * (rows + width)))
+        size = at_once(t * h * w, x.shape[1], x.device)
         yield from (numbers[i : i + size] for i in range(0, len(numbers), size))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.exact import spread
+from token_reduction.rows import at_once
 from token_reduction.selectors.cluster import (
     heat,
     k_medoids,
@@ -28,7 +29,6 @@ from token_reduction.selectors.cluster import (
 )
 from token_reduction.unit_reducer import UnitReducer
 
-_ENTRIES = 2**24  # of all distances held at once
 _CHOICES = {
     "algorithm": ("k-medoids", "spectral"),
     "distance": ("euclidean", "cosine"),
@@ -90,7 +90,7 @@ class CenterCLIP(UnitReducer):
             before += share
         for (length, share), alike in runs.items():
             rows = torch.stack([batch.x[:, first : first + length] for _, first, _ in alike], 1).flatten(0, 1)
-            parts = [self.cluster(part, share) for part in rows.split(max(1, _ENTRIES // length**2))]
+            parts = [self.cluster(part, share) for part in rows.split(at_once(length, rows.shape[2], rows.device))]
             medoids, place = (torch.cat(part).unflatten(0, (b, -1)) for part in zip(*parts))
             for number, (run, first, offset) in enumerate(alike):
                 group[:, first : first + length] = offset + place[:, number]

@@ -21,12 +21,10 @@ from torch import Tensor
 from token_reduction.exact import unit_rows
 from token_reduction.reducer import Reducer, refuse_unfinite
 from token_reduction.reduction import Reduction
-from token_reduction.rows import UnitRows, item_mean
+from token_reduction.rows import UnitRows, at_once, item_mean
 from token_reduction.selectors.farthest import SMALL, Farthest, farthest_batch
 from token_reduction.tokens import TokenShard
 from tokenring.transport import Transport
-
-_TOGETHER = 2**23  # distances held at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +100,7 @@ class DivPrune(Reducer):
             if count and length <= SMALL and self.variant != "released":
                 alike.setdefault((length, count), []).append(item)
         for (length, count), items in alike.items():
-            step = max(1, _TOGETHER // length**2)
+            step = at_once(length, shard.x.shape[1], shard.x.device)
             for group in (items[i : i + step] for i in range(0, len(items), step)):
                 starts = shard.cu_seqlens[group].to(shard.x.device)
                 rows = starts[:, None] + torch.arange(length, device=shard.x.device)

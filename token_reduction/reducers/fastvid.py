@@ -21,10 +21,9 @@ from torch import Tensor
 from token_reduction.batch import Batch, Selection
 from token_reduction.budget import apportion
 from token_reduction.exact import best_of_each, fixed_mean, rows_at, spread, top, unit_rows
+from token_reduction.rows import at_once
 from token_reduction.selectors.cluster import density_peaks, join_nearest, scaled_rows
 from token_reduction.unit_reducer import UnitReducer
-
-_ENTRIES = 2**24  # distances of anchors held at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +65,7 @@ class FastVID(UnitReducer):
                     alike.setdefault((last - first, share), []).append((unit, first * n, before))
                 before += share
         for (frames, share), runs in alike.items():
-            size = max(1, _ENTRIES // (frames * n) ** 2)
+            size = at_once(frames * n, batch.x.shape[2], batch.x.device)
             for part in (runs[i : i + size] for i in range(0, len(runs), size)):
                 x = torch.stack([batch.x[unit, first : first + frames * n] for unit, first, _ in part])
                 looks = torch.stack([attention[unit, first : first + frames * n] for unit, first, _ in part])

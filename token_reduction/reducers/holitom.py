@@ -22,6 +22,7 @@ from torch import Tensor
 from token_reduction.batch import Batch, Selection
 from token_reduction.budget import apportion
 from token_reduction.exact import rest, rows_at, top
+from token_reduction.rows import at_once
 from token_reduction.selectors.cluster import density_peaks, join_nearest, scaled_rows
 from token_reduction.unit_reducer import UnitReducer
 
@@ -67,11 +68,15 @@ class HoliTom(UnitReducer):
             for tokens, share in zip(own.split(sizes), shares):
                 if share:
                     alike.setdefault((len(tokens), share), []).append((unit, tokens))
-        for (_, share), frames in alike.items():
-            unit = torch.tensor([u for u, _ in frames], device=group.device)[:, None]
-            tokens = torch.stack([own for _, own in frames])
-            chosen, place = self.frames(batch.x[unit, tokens], attention[unit, tokens], share)
-            final[unit, tokens] = torch.where(place >= 0, tokens.gather(1, chosen).gather(1, place.clamp_min(0)), -1)
+        for (length, share), frames in alike.items():
+            size = at_once(length, batch.x.shape[2], group.device)
+            for part in (frames[i : i + size] for i in range(0, len(frames), size)):
+                unit = torch.tensor([u for u, _ in part], device=group.device)[:, None]
+                tokens = torch.stack([own for _, own in part])
+                chosen, place = self.frames(batch.x[unit, tokens], attention[unit, tokens], share)
+                final[unit, tokens] = torch.where(
+                    place >= 0, tokens.gather(1, chosen).gather(1, place.clamp_min(0)), -1
+                )
         return [self.answer(*unit) for unit in zip(final, group, attention)]
 
     @staticmethod
