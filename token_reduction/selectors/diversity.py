@@ -103,8 +103,8 @@ def _set(column: Column, diagonal: Tensor, taken: Tensor, count: int) -> tuple[T
             length = torch.where(value <= floor, length.clamp(max=step), length)
             if batch == 1 and int(length) == step:
                 break
-        scale = torch.maximum(value, floor).clamp_min(1e-300).sqrt()[:, None]
-        factor[:, step] = (column(best, left) - _known(factor, step, best, every)) / scale
+        factor[:, step] = column(best, left) - _known(factor, step, best, every)
+        factor[:, step] /= torch.maximum(value, floor).clamp_min(1e-300).sqrt()[:, None]
         left = left - factor[:, step] ** 2
         left[every, best] = -math.inf
         order.append(best)
