@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from launch.assets import cache_dir, demo_dir
-from sparse_attn import StripePlan, compare_logits, execute
+from sparse_attn import compare_logits
 
 CHUNK = 512
 TEXTS = ("reference", "sources")
@@ -92,20 +92,6 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Ten
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     return out.transpose(1, 2).contiguous()
-
-
-@contextmanager
-def with_plans(model: torch.nn.Module, make: Callable[[Tensor, Tensor], StripePlan]) -> Iterator[list[float]]:
-    """Attention under `make(q, k)`'s plans; yields the densities, a layer each."""
-    densities: list[float] = []
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        plan = make(q, k)
-        densities.append(plan.density)
-        return execute(plan, q, k, v, scale=scale)
-
-    with with_attention(model, attend):
-        yield densities
 
 
 @contextmanager

@@ -4,7 +4,7 @@
     python benchmarks/sparse_attention_quality.py equal      rescore beside pooled at equal density, 4,096 and 8,192 tokens
     python benchmarks/sparse_attention_quality.py tuned      thetas by layer and head from one text, tried on another, 8,192 tokens
     python benchmarks/sparse_attention_quality.py needle     a sentence hidden at 10 depths: dense's answer, and ours
-    python benchmarks/sparse_attention_quality.py sweep      any method at any setting; every baseline
+    python benchmarks/sparse_attention_quality.py sweep      every method and baseline at equal loss, 4,096 tokens: density and CPU time
 
 Loss is nats a token above the same model with dense attention on the same text. Each figure is one run: the numbers do not
 depend on the machine, but for rounding. `--results DIR` writes JSON.
@@ -22,27 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.language_model import TEXTS, Model, dense_attention, with_attention, with_plans, with_recording
+from benchmarks.language_model import TEXTS, Model, dense_attention, with_attention, with_recording
 from benchmarks.record import measured
-from sparse_attn import AnchorConfig, TunedConfig, Tuner, baselines
+from benchmarks.sparse_needle import needle
+from benchmarks.sparse_sweep import sweep
+from sparse_attn import AnchorConfig, TunedConfig, Tuner
 from sparse_attn.integrations.huggingface import sparse_prefill
 
 __all__ = ["Model", "with_recording"]
 
-SWEEPS: dict[str, tuple[float, ...]] = {
-    "rescore": (3.0, 4.0, 6.0),
-    "every": (3.0,),
-    "lse": (8.0,),
-    "pooled": (4.0, 6.0, 8.0),
-}
 EQUAL = {"rescore": (4.0, 6.0), "pooled": (6.0,)}
-BASELINES: dict[str, list[dict[str, Any]]] = {
-    "streaming": [{"initial": 128, "local": 512}, {"initial": 128, "local": 1024}],
-    "vertical_slash": [{"vertical": 200, "slash": 300}, {"vertical": 400, "slash": 800}],
-    "flexprefill": [{"gamma": 0.8, "min_budget": 256}, {"gamma": 0.9, "min_budget": 512}],
-    "xattention": [{"threshold": 0.7}, {"threshold": 0.9}],
-    "flashprefill": [{"alpha": 0.3}, {"alpha": 0.1}],
-}
 Row = dict[str, Any]
 
 
@@ -61,30 +50,8 @@ def of_config(model: Model, config: AnchorConfig | TunedConfig, text: str, lengt
     return shown(named | model.compared(hidden, dense, ids))
 
 
-def of_baseline(model: Model, name: str, setting: dict[str, Any], text: str, length: int) -> Row:
-    """The same of a baseline."""
-    ids, dense = model.ids(text, length), model.dense(text, length)
-    with with_plans(model.model, lambda q, k: getattr(baselines, name)(q, k, **setting)) as densities:
-        hidden = model.hidden(ids)
-    named = {"method": name, "setting": setting, "text": text, "length": length, "density": mean(densities)}
-    return shown(named | model.compared(hidden, dense, ids))
-
-
 def anchor(name: str, theta: float, args: argparse.Namespace) -> AnchorConfig:
     return AnchorConfig(identify=name, theta=theta, dense="never", block=args.block, step=args.step)
-
-
-def sweep(model: Model, args: argparse.Namespace) -> Row:
-    """Every method and setting on one text."""
-    rows = []
-    for name in args.methods or [*SWEEPS, *BASELINES]:
-        for setting in SWEEPS.get(name) or BASELINES[name]:
-            if name in SWEEPS:
-                named = {"method": name, "setting": {"theta": setting}}
-                rows.append(of_config(model, anchor(name, setting, args), args.text, args.length, **named))
-            else:
-                rows.append(of_baseline(model, name, setting, args.text, args.length))
-    return {"rows": rows}
 
 
 def equal(model: Model, args: argparse.Namespace) -> Row:
@@ -149,42 +116,14 @@ def tuned(model: Model, args: argparse.Namespace) -> Row:
     return {"tuned on": {"text": "sources", "length": args.tune_length}, "rows": rows}
 
 
-def needle(model: Model, args: argparse.Namespace) -> Row:
-    """A sentence at 10 depths of a text, and what dense and sparse prefill make of a question about it.
-
-    The question ends where the digits start: whether this small model answers with a number at all hangs by a thread, dense too.
-    """
+def needles(model: Model, args: argparse.Namespace) -> Row:
+    """A sentence at 10 depths, and what dense and sparse prefill make of a question about it."""
     configs: dict[str, AnchorConfig | TunedConfig] = {
         f"theta {t:g}": anchor("rescore", t, args) for t in args.needle_thetas
     }
     if args.load:
         configs["tuned"] = TunedConfig.load(args.load)
-    hay = model.ids("reference", args.needle_length)[0].tolist()
-    hidden = model.tokens("\nThe secret code of the blue house is 48213.\n").input_ids
-    question = model.tokens(
-        "\nQuestion: what is the secret code of the blue house?\nAnswer: The secret code of the blue house is "
-    ).input_ids
-    rows = []
-    for depth in range(10):
-        at = len(hay) * depth // 10
-        ids = torch.tensor([hay[:at] + hidden + hay[at:] + question])
-        rows.append({"depth": depth / 10, "dense": answer(model, ids)})
-        for name, config in configs.items():
-            with sparse_prefill(model.model, config) as calls:
-                said = answer(model, ids)
-            rows[-1][name] = {"said": said, "density": mean(c.density for c in calls.values())}
-        print(rows[-1], flush=True)
-    same = {name: sum(r[name]["said"] == r["dense"] for r in rows) for name in configs}
-    found = {"same as dense": same, "dense finds it": sum("48213" in r["dense"] for r in rows)}
-    found["finds it"] = {name: sum("48213" in r[name]["said"] for r in rows) for name in configs}
-    print(found)
-    return {"length": args.needle_length, "rows": rows} | found
-
-
-def answer(model: Model, ids: Tensor) -> str:
-    """Five tokens, the likeliest each time."""
-    options = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-    return model.tokens.decode(model.model.generate(ids, **options)[0, ids.shape[1] :])
+    return {"lengths": [needle(model, length, configs) for length in args.needle_length]}
 
 
 def shown(row: Row) -> Row:
@@ -195,7 +134,7 @@ def shown(row: Row) -> Row:
     return row
 
 
-STEPS = {"equal": equal, "tuned": tuned, "needle": needle, "sweep": sweep}
+STEPS = {"equal": equal, "tuned": tuned, "needle": needles, "sweep": sweep}
 
 
 def main() -> None:
@@ -203,7 +142,7 @@ def main() -> None:
     parser.add_argument("what", choices=(*STEPS, "all"))
     parser.add_argument("--lengths", type=int, nargs="*", default=[4096, 8192], help="of equal")
     parser.add_argument("--length", type=int, default=4096, help="of sweep")
-    parser.add_argument("--needle-length", type=int, default=1024)
+    parser.add_argument("--needle-length", type=int, nargs="*", default=[4096])
     parser.add_argument("--tune-length", type=int, default=4096)
     parser.add_argument("--tried-length", type=int, default=8192)
     parser.add_argument("--densities", type=float, nargs="*", default=[0.2], help="of tuned")
@@ -211,9 +150,10 @@ def main() -> None:
     parser.add_argument("--save", help="tuned: write the last thetas here")
     parser.add_argument("--text", choices=TEXTS, default="reference")
     parser.add_argument("--methods", nargs="*", help="of the sweep; all where not given")
+    parser.add_argument("--part", help="of the sweep: a file of rows that are there already, and are added to")
     parser.add_argument("--block", type=lambda s: s if s == "auto" else int(s), default="auto")
     parser.add_argument("--step", type=lambda s: s if s == "auto" else int(s), default="auto")
-    parser.add_argument("--needle-thetas", type=float, nargs="*", default=[2.0, 6.0])
+    parser.add_argument("--needle-thetas", type=float, nargs="*", default=[6.0])
     parser.add_argument("--load", help="needle: use tuned thetas")
     parser.add_argument("--results", type=Path, help="folder for JSON; `all` writes into benchmarks/results")
     args = parser.parse_args()

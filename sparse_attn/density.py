@@ -47,17 +47,20 @@ def theta_for_density(
     scale: float | None = None,
     group: Any = None,
     layout: Layout | None = None,
+    kv_layout: Layout | None = None,
 ) -> float:
     """The theta at which about a share `target` of the causal pairs would be computed, the same on every rank. Collective.
 
     Args:
-        q: (B, S, Hq, D), k: (B, S, Hkv, D): this rank's rows; all rows without a group. The first batch entry is looked at.
+        q: (B, Sq, Hq, D), k: (B, Sk, Hkv, D): this rank's rows; all rows without a group. Queries are the last rows of their
+            sequence. The first batch entry is looked at.
         target: computed pairs / causal pairs, anchor region included. Below what the anchor region alone takes: -infinity.
         config: everything but theta.
-        layout: which rows each rank holds; contiguous where not given.
+        layout, kv_layout: which rows each rank holds; contiguous where not given. kv_layout where keys are cut differently:
+            rows on top of a cache, each on the rank that holds its key.
 
     Raises:
-        ValueError: a target outside (0, 1], or rows that do not fit the layout.
+        ValueError: a target outside (0, 1], or rows that do not fit the layouts.
 
     >>> q, k = torch.randn(1, 600, 2, 16), torch.randn(1, 600, 1, 16)
     >>> config = AnchorConfig(block=8, step=4, dense="never")
@@ -71,30 +74,47 @@ def theta_for_density(
             f"target is {target}; a density is computed pairs / causal pairs: give a number above 0, at most 1"
         )
     runtime, config = connect(group), AnchorConfig() if config is None else config
-    layout = Layout.of("contiguous" if layout is None else layout, q.shape[1], runtime.world).at(0)
-    if q.shape[1] != layout.length(runtime.rank) or k.shape[1] != q.shape[1]:
-        raise ValueError(
-            f"rank {runtime.rank} got {q.shape[1]} queries and {k.shape[1]} keys; its layout gives it "
-            f"{layout.length(runtime.rank)} rows: give as many of both"
-        )
-    geometry = Geometry.of(documents_of(layout.total, layout.total, None, None), *resolved(config, layout.total))
+    rows, keys = _layouts(q, k, layout, kv_layout, runtime)
+    geometry = Geometry.of(documents_of(rows.total, keys.total, None, None), *resolved(config, keys.total))
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     wanted = _wanted(target, geometry)
     if not 0 < wanted < 1:
         return math.inf if wanted > 0 else -math.inf
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        samples = list(_samples(q[:1], k[:1], geometry, layout, runtime))
+        samples = list(_samples(q[:1], k[:1], geometry, (rows, keys), runtime))
         low, high = LOWEST, HIGHEST
         for count in ROUNDS:
             thetas = torch.linspace(low, high, count, dtype=torch.float64)
             mine = torch.zeros(count + 1, dtype=torch.float64)
-            for rows, keys, window, candidates in samples:
-                mine[:-1] += candidates * _shares(rows, keys, window, geometry, config, scale, thetas)
+            for own, near, window, candidates in samples:
+                mine[:-1] += candidates * _shares(own, near, window, geometry, config, scale, thetas)
                 mine[-1] += candidates
             told = torch.stack(runtime.all_gather(mine.to(q.device), control=True)).sum(0).cpu()
             reached = int((told[:-1] < wanted * told[-1]).sum())
             low, high = (float(thetas[min(max(at, 0), count - 1)]) for at in (reached - 1, reached))
     return high
+
+
+def _layouts(
+    q: Tensor, k: Tensor, layout: Layout | None, kv_layout: Layout | None, runtime: Transport
+) -> tuple[Layout, Layout]:
+    """Layouts of queries and keys, by the positions of the keys' sequence, which count from 0."""
+    rank, world = runtime.rank, runtime.world
+    rows = Layout.of("contiguous" if layout is None else layout, q.shape[1], world).at(0)
+    keys = Layout.contiguous(k.shape[1] * world, world) if layout is None else rows
+    keys = keys if kv_layout is None else kv_layout.at(0)
+    rows = rows.at(max(0, keys.total - rows.total))
+    if q.shape[1] != rows.length(rank) or k.shape[1] != keys.length(rank) or rows.total > keys.total:
+        raise ValueError(
+            f"rank {rank} got {q.shape[1]} queries and {k.shape[1]} keys; its layouts give it {rows.length(rank)} of "
+            f"{rows.total} queries and {keys.length(rank)} of {keys.total} keys: queries are the last rows, each on the rank "
+            "that holds its key"
+        )
+    if not torch.isin(rows.positions(rank), keys.positions(rank)).all():
+        raise ValueError(
+            f"rank {rank} holds queries whose keys lie on other ranks; append to the cache what is attended to"
+        )
+    return rows, keys
 
 
 def _wanted(target: float, geometry: Geometry) -> float:
@@ -104,29 +124,32 @@ def _wanted(target: float, geometry: Geometry) -> float:
 
 
 def _samples(
-    q: Tensor, k: Tensor, geometry: Geometry, layout: Layout, runtime: Transport
-) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """For some groups of each run: their queries, the keys it is judged by (candidates thinned out), how many candidates
-    there are."""
-    rank, block, size = runtime.rank, geometry.initial, geometry.rows
-    places = layout.positions(rank).to(k.device)
+    q: Tensor, k: Tensor, geometry: Geometry, layouts: tuple[Layout, Layout], runtime: Transport
+) -> Iterator[tuple[Tensor, Tensor, int, int]]:
+    """For some groups of each run: their queries, the keys they are judged by (candidates thinned out), how many of these
+    are window, how many candidates there are."""
+    (rows, cut), rank, block, size = layouts, runtime.rank, geometry.initial, geometry.rows
+    places = cut.positions(rank).to(k.device)
     order = places.argsort()
-    near = order[places[order] < block]
-    parts = runtime.all_gather(k[0, near].contiguous(), control=True)
-    firsts = [layout.positions(r) for r in range(layout.world)]
+
+    def held(start: int, stop: int) -> Tensor:
+        return order[(places[order] >= start) & (places[order] < stop)]
+
+    parts = runtime.all_gather(k[0, held(0, block)].contiguous(), control=True)
+    firsts = [cut.positions(r) for r in range(cut.world)]
     at = torch.cat([p[p < block].sort().values for p in firsts]).argsort().to(k.device)
     initial = torch.cat(parts)[at][None]
     row = 0
-    for run in layout.segments(rank):
+    for run in rows.segments(rank):
         for start, stop in _groups(run.start, run.start + run.count, size):
-            candidates = start - geometry.window - block
-            held = order[(places[order] >= block) & (places[order] < start - geometry.window)]
-            if candidates > 0 and len(held):
-                thinned = held[:: -(-len(held) // COLUMNS)]
-                window = order[(places[order] >= max(block, start - geometry.window)) & (places[order] < start)]
+            edge = start - geometry.window
+            far = held(block, edge)
+            if edge > block and len(far):
+                thinned = far[:: -(-len(far) // COLUMNS)]
+                window = held(max(block, edge), start)
                 own = slice(row + start - run.start, row + stop - run.start)
-                keys = torch.cat([initial, k[:, thinned], k[:, window], k[:, own]], 1)
-                yield q[:, own], keys, len(window), candidates
+                keys = torch.cat([initial, k[:, thinned], k[:, window], k[:, held(start, stop)]], 1)
+                yield q[:, own], keys, len(window), edge - block
         row += run.count
 
 

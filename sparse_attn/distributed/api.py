@@ -16,6 +16,7 @@ from sparse_attn.config import AnchorConfig
 from sparse_attn.distributed.backward import backward
 from sparse_attn.distributed.call import Call
 from sparse_attn.distributed.cut import cut_of
+from sparse_attn.distributed.layouts import neighbouring
 from sparse_attn.distributed.stats import RankStats
 from sparse_attn.geometry import Geometry, documents_of, geometry_of
 from sparse_attn.identify.products import test_dtype
@@ -45,8 +46,8 @@ def attend(
         group: ProcessGroup, 1-D DeviceMesh, LocalGroup, or None for one rank.
         layout: a Layout, or a name where every rank holds equally many rows. Whole groups on a rank send least, and
             `group_layout` deals them out so that ranks have like work.
-        kv_layout: of keys and values, where they are cut differently: rows on top of a cache that is spread over the ranks.
-            Queries are the last rows; the offset of `layout` says so, or is 0.
+        kv_layout: of keys and values, where they are cut differently: rows on top of a cache that is spread over the ranks,
+            tokens that were dealt one at a time included. Queries are the last rows; the offset of `layout` says so, or is 0.
         options: as for `anchor_attention`; cu_seqlens, keep and masks of documents count positions of the whole sequence.
 
     Returns:
@@ -141,7 +142,7 @@ def _layouts(
             f"{keys.offset + keys.total}; queries are the last rows of the keys' sequence, so both must end at one position "
             "(or give a layout with offset 0)"
         )
-    return rows.at(0), keys.at(0)
+    return rows.at(0), rows.at(0) if kv_layout is None else neighbouring(keys)
 
 
 def _choose_path(stats: RankStats, config: AnchorConfig, geometry: Geometry, q: Tensor, v: Tensor) -> None:

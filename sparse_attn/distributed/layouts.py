@@ -41,6 +41,23 @@ def group_layout(length: int, world: int, config: AnchorConfig | None = None) ->
     return next((layout for layout in found if unevenness(layout) <= EVEN), found[-1])
 
 
+def neighbouring(layout: Layout) -> Layout:
+    """The same rows from position 0, in runs of neighbours: tokens that were dealt one at a time become runs of one.
+
+    >>> strided = Layout.from_runs([[Segment(0, 3), Segment(4, 2, 2)], [Segment(3, 2, 2), Segment(7, 1)]])
+    >>> [(run.start, run.count) for run in neighbouring(strided).segments(0)]
+    [(0, 3), (4, 1), (6, 1)]
+    """
+    layout = layout.at(0)
+    if all(run.stride == 1 or run.count < 2 for runs in layout.runs for run in runs):
+        return layout
+    return Layout.of_any_runs([[part for run in runs for part in _neighbours(run)] for runs in layout.runs])
+
+
+def _neighbours(run: Segment) -> list[Segment]:
+    return [run] if run.stride == 1 else [Segment(start, 1) for start in range(run.start, run.last + 1, run.stride)]
+
+
 def unevenness(layout: Layout) -> float:
     """Largest over mean of the ranks' rows, or of their causal pairs if that is worse."""
     rows = [layout.length(rank) for rank in range(layout.world)]

@@ -28,7 +28,7 @@ from sparse_attn.density import theta_for_density
 from sparse_attn.stats import Stats
 from sparse_attn.stripes import StripePlan
 from sparse_attn.tune import TunedConfig
-from tokenring import Mask
+from tokenring import Layout, Mask
 from tokenring.integrations.huggingface import find_decoder, prefill_with
 
 NAME = "sparse_attn"
@@ -77,26 +77,22 @@ class _Prefill:
         v: Tensor,
         *,
         group: Any,
-        layout: Any,
+        layout: Layout,
+        kv_layout: Layout | None,
         mask: Mask,
         scale: float | None,
         softcap: float | None,
         sinks: Tensor | None,
-        continued: bool,
-        dense: Callable[[], Tensor],
     ) -> Tensor:
         """The same where rows are spread over ranks (`tokenring.integrations.huggingface.prefill_with`)."""
         if mask != Mask.causal():
             raise ValueError(_cannot(f"the mask of layer {layer}"))
         _refuse({"softcap": softcap, "sinks": sinks})
-        if continued:
-            self.calls[layer] = Stats(path="dense", why="rows on top of a spread cache see what is spread exactly")
-            return dense()
         if self.plans is not None:
             raise ValueError(
                 "plans= are for one device; leave them out inside sequence_parallel, or leave its block first"
             )
-        return self.attend(layer, q, k, v, scale, group=group, layout=layout)
+        return self.attend(layer, q, k, v, scale, group=group, layout=layout, kv_layout=kv_layout)
 
 
 @contextmanager
@@ -113,9 +109,9 @@ def sparse_prefill(
 ) -> Iterator[dict[int, Stats]]:
     """Inside the block the model's attention is `anchor_attention`; yields the stats of each layer's last prefill.
 
-    Inside `tokenring.integrations.huggingface.sequence_parallel` rows are spread over ranks: a prompt is attended to with only
-    the wanted rows travelling, prompts on top of a cache densely, and new tokens by `tokenring.decode_attention`. Stripes
-    travel least where each rank holds whole groups: give `sequence_parallel` a `sparse_attn.distributed.group_layout`.
+    Inside `tokenring.integrations.huggingface.sequence_parallel` rows are spread over ranks: prompts, on top of a cache too, are
+    attended to with only the wanted rows travelling, and new tokens by `tokenring.decode_attention`. Stripes travel least
+    where each rank holds whole groups: give `sequence_parallel` a `sparse_attn.distributed.group_layout`.
 
     Args:
         model: a transformers model whose causal attention goes through its AttentionInterface: Llama, Qwen2, Qwen3, SmolLM

@@ -31,6 +31,15 @@ def model() -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="module")
+def peaked(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The same with scores far apart, so that thetas choose."""
+    sharper = copy.deepcopy(model)
+    for layer in sharper.model.layers:
+        layer.self_attn.q_proj.weight *= 300
+    return sharper
+
+
+@pytest.fixture(scope="module")
 def ids() -> torch.Tensor:
     return torch.randint(0, 50, (1, 200), generator=torch.Generator().manual_seed(1))
 
@@ -81,36 +90,41 @@ def test_each_layer_has_its_own_thetas(model: LlamaForCausalLM, ids: torch.Tenso
 
 
 @torch.no_grad()
-def test_over_ranks_it_composes_with_sequence_parallel(model: LlamaForCausalLM, ids: torch.Tensor) -> None:
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
-    with sparse_prefill(model, SPARSE) as alone:
-        expected = model.generate(ids, **options)
-        logits = model(ids).logits
+@pytest.mark.parametrize("density", [None, 0.5])
+def test_over_ranks_prompts_and_those_on_top_of_them_are_those_of_one_rank(
+    peaked: LlamaForCausalLM, ids: torch.Tensor, density: float | None
+) -> None:
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 9, "do_sample": False}
     further = torch.randint(0, 50, (1, 150), generator=torch.Generator().manual_seed(2))
+    second = {"input_ids": further, "position_ids": 208 + torch.arange(150)[None], "use_cache": True}
+    settings = {"density": density, "keep_plans": True}
+    with sparse_prefill(peaked, SPARSE, **settings) as alone:
+        found = peaked.generate(ids, return_dict_in_generate=True, **options)
+        first = dict(alone)
+        expected = peaked(**second, past_key_values=found.past_key_values).logits
 
     def rank(group: tr.LocalGroup) -> tuple[torch.Tensor, torch.Tensor, dict, dict]:
-        own = copy.deepcopy(model)
-        with torch.no_grad(), sequence_parallel(own, group), sparse_prefill(own, SPARSE, keep_plans=True) as calls:
-            cache = SpreadCache(None, group)
+        own, cache = copy.deepcopy(peaked), SpreadCache(None, group)
+        with torch.no_grad(), sequence_parallel(own, group), sparse_prefill(own, SPARSE, **settings) as calls:
             written = own.generate(ids, past_key_values=cache, **options)
-            first = dict(calls)
-            own(further, position_ids=204 + torch.arange(150)[None], past_key_values=cache, use_cache=True)
-            later = dict(calls)
-            return written, own(ids, position_ids=torch.arange(200)[None]).logits, first, later
+            before = dict(calls)
+            return written, own(**second, past_key_values=cache).logits, before, dict(calls)
 
-    for written, whole, calls, later in tr.run_local(3, rank):
-        assert torch.equal(written, expected)
-        torch.testing.assert_close(whole, logits, atol=1e-4, rtol=1e-3)
-        assert calls[1].path == "sparse" and calls[1].bytes_sent > 0 and calls[1].plan is not None
-        assert calls[1].density == pytest.approx(alone[1].density, rel=1e-6)
-        assert later[0].path == "dense" and "on top of a spread cache" in later[0].why
+    for written, logits, before, later in tr.run_local(3, rank):
+        assert torch.equal(written, found.sequences)
+        for calls, one in ((before, first), (later, alone)):
+            assert calls[1].path == "sparse" and calls[1].bytes_sent > 0 and calls[1].plan is not None
+            if density is None:
+                assert calls[1].density == pytest.approx(one[1].density, rel=1e-6)
+            else:
+                assert 0.4 < calls[1].density < 0.6 and calls[1].theta < 16
+        if density is None:
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-3)
+            assert 0 < later[1].stripe_density < 1
 
 
 @torch.no_grad()
-def test_a_density_can_be_asked_for(model: LlamaForCausalLM, ids: torch.Tensor) -> None:
-    peaked = copy.deepcopy(model)
-    for layer in peaked.model.layers:
-        layer.self_attn.q_proj.weight *= 300
+def test_a_density_can_be_asked_for(peaked: LlamaForCausalLM, ids: torch.Tensor) -> None:
     with sparse_prefill(peaked, SPARSE, density=0.5) as calls:
         peaked(ids)
     assert all(stats.density == pytest.approx(0.5, abs=0.1) for stats in calls.values())

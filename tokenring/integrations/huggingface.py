@@ -57,7 +57,7 @@ _HARMLESS = frozenset(
 )
 
 Prefill = Callable[..., Tensor]
-"""attend(layer, q, k, v, *, group, layout, mask, scale, softcap, sinks, continued, dense) -> out, see `prefill_with`."""
+"""attend(layer, q, k, v, *, group, layout, kv_layout, mask, scale, softcap, sinks) -> out, see `prefill_with`."""
 
 __all__ = ["NAME", "Prefill", "SpreadCache", "find_decoder", "prefill_with", "register", "sequence_parallel"]
 
@@ -147,9 +147,8 @@ def prefill_with(model: nn.Module, attend: Prefill) -> Iterator[bool]:
 
     Args:
         attend: called by every layer with its number, q (B, rows, Hq, D), k and v (B, rows, Hkv, D) of this rank, and by name
-            group, layout, mask, scale, softcap, sinks; `continued`: whether the cache held earlier rows (k and v are then all
-            rows of this rank); `dense`: a function without arguments that gives what would have been computed. Returns out
-            (B, rows, Hq, Dv).
+            group, layout, mask, scale, softcap, sinks; `kv_layout`: which positions each rank's keys hold where the cache held
+            earlier rows (k and v are then all rows of this rank), else None. Returns out (B, rows, Hq, Dv).
     """
     contexts = {id(c): c for m in find_decoder(model)[1] if (c := getattr(m, _ATTRIBUTE, None)) is not None}
     if any(context.prefill is not None for context in contexts.values()):
@@ -226,17 +225,14 @@ def _attention(
     if context.chunk is None:
         return layer.store.decode(q, topology=context.options["topology"], **options), None
     rows = (q, key.transpose(1, 2), value.transpose(1, 2))
-
-    def dense() -> Tensor:
-        if context.continued:
-            return layer.store.attention(q, context.chunk, **options, **context.options)
-        return tr.attention(*rows, group=context.group, layout=context.chunk, **options, **context.options)
-
-    if context.prefill is None:
-        out = dense()
-    else:
-        where = {"group": context.group, "layout": context.chunk, "continued": context.continued, "dense": dense}
+    if context.prefill is not None:
+        held = layer.store.layout if context.continued else None
+        where = {"group": context.group, "layout": context.chunk, "kv_layout": held}
         out = context.prefill(module.layer_idx, *rows, **where, **options)
+    elif context.continued:
+        out = layer.store.attention(q, context.chunk, **options, **context.options)
+    else:
+        out = tr.attention(*rows, group=context.group, layout=context.chunk, **options, **context.options)
     if layer is not None:
         layer.trim()
     return out, None
