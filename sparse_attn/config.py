@@ -16,8 +16,8 @@ SCORES = ("auto", "input")
 class AnchorConfig:
     """How stripes are found, and for how many rows at a time.
 
-    >>> AnchorConfig.paper()
-    AnchorConfig(theta=12.0, block=128, step=16, identify='pooled', share='query', dense='never', box=32, reach=0.25, scores='input')
+    >>> AnchorConfig(theta=2.0, block=64).identify, AnchorConfig.paper().identify
+    ('rescore', 'pooled')
     """
 
     theta: float | tuple[float, ...] = 6.0
@@ -38,17 +38,21 @@ class AnchorConfig:
     reach: float = 0.25
     """`rescore`: how much of a box's half width the bound counts. 1 is a true bound and keeps most columns; less is a guess that
     lets fewer through to the exact test."""
+    last: int = 64
+    """`rescore`: so many last rows of each document are asked about every column, whatever the bound: generation goes on from
+    them. With 0, chunks of a prompt that end where groups end keep exactly the columns that one call keeps."""
     scores: str = "auto"
     """Products of the tests of `rescore` and `every`: "input" in the dtype of q and k; "auto" in bfloat16 for float32 inputs
     on a processor that multiplies it faster. They choose columns; attention itself is always in the inputs' dtype."""
 
     def __post_init__(self) -> None:
         self._check_thetas()
-        for name, least in (("block", 1), ("step", 1), ("box", 1)):
+        for name, least in (("block", 1), ("step", 1), ("box", 1), ("last", 0)):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
-            if not (whole and value >= least) and not (value == "auto" and name != "box"):
-                allowed = f"give a whole number of {least} or more" + ("" if name == "box" else ', or "auto"')
+            by_length = name in ("block", "step")
+            if not (whole and value >= least) and not (value == "auto" and by_length):
+                allowed = f"give a whole number of {least} or more" + (', or "auto"' if by_length else "")
                 raise ValueError(f"{name} is {value!r}; {allowed}")
         for name, names in (("identify", IDENTIFY), ("share", SHARE), ("dense", DENSE), ("scores", SCORES)):
             if getattr(self, name) not in names:

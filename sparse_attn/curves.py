@@ -134,14 +134,14 @@ def _from_finder(
     q: Tensor, k: Tensor, state: AnchorState, geometry: Geometry, group: Group, config: AnchorConfig, scale: float
 ) -> Tensor:
     """float64 (Hq, C): from which theta on a column is kept (means), or passes the first test (the bound of `rescore`)."""
-    first = finder(q, k, state, geometry, replace(config, theta=0.0), scale)
+    first = finder(q, k, state, geometry, replace(config, theta=0.0, last=0), scale)
     if isinstance(first, MeanFinder):
         return -first.margins(group, 0).double().cpu()
     needed = torch.full((q.shape[2], group.candidate_keys), -math.inf, dtype=torch.float64)
     if config.identify == "rescore":
         needed.fill_(math.inf)
         for theta in reversed(BOUNDS.tolist()):
-            passed = finder(q, k, state, geometry, replace(config, theta=theta), scale).passed(group, 0)
+            passed = finder(q, k, state, geometry, replace(config, theta=theta, last=0), scale).passed(group, 0)
             needed[passed.cpu()] = theta
             if not passed.any():
                 break

@@ -174,6 +174,6 @@ def _shares(
     state = pattern_based_anchor(kernel, q, k, k, local)
     shares = []
     for theta in thetas.tolist():
-        kept = finder(q, k, state, local, replace(config, theta=theta), scale).kept(group, 0)
+        kept = finder(q, k, state, local, replace(config, theta=theta, last=0), scale).kept(group, 0)
         shares.append(kept.double().mean())
     return torch.stack(shares).cpu()

@@ -1,7 +1,8 @@
 """What travels of queries so that the owner of a key can decide alone whether a group wants it.
 
     pooled, lse   mean query and mean anchor of each block                      (D + 1) numbers a block and query head
-    rescore       smallest and largest entries of each box of rows              2 (D + 1) numbers a box and query head
+    rescore       smallest and largest entries of each box of rows              2 (D + 1) numbers a box and query head,
+                                                                                each of a document's last rows being one
     every         nothing: every candidate passes, and the rows themselves decide when its key arrives
 
 Where a block or box lies on two ranks, each sends its share: means add up by their rows, boxes by minimum and maximum. Each
@@ -11,6 +12,7 @@ part's numbers travel as one flat run whose length every rank knows.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import Protocol
@@ -23,7 +25,7 @@ from sparse_attn.distributed.cut import Cut, Part
 from sparse_attn.geometry import Group
 from sparse_attn.identify.ahead import group_maxima, groups_at_once
 from sparse_attn.identify.products import column_maximum, test_dtype, with_anchor, with_ones
-from sparse_attn.identify.rows import LONG
+from sparse_attn.identify.rows import LONG, box_edges, rows_alone
 from tokenring.merge import accumulator_dtype
 from tokenring.segments import Range
 
@@ -50,15 +52,15 @@ class Summary(Protocol):
         """
 
 
-def runs(part: Part, origin: int, length: int) -> tuple[int, list[int]]:
-    """The first of the runs of `length` rows from `origin` that a part holds rows of, and how many of each.
+def runs(part: Part, edges: Sequence[int]) -> tuple[int, list[int]]:
+    """The first of the runs between ascending edges that a part holds rows of, and how many of each.
 
-    >>> runs(Part(group=0, rows=(0, 7), start=13, key=13), 8, 4)
+    >>> runs(Part(group=0, rows=(0, 7), start=13, key=13), range(8, 28, 4))
     (1, [3, 4])
     """
-    first = (part.start - origin) // length
-    edges = range(origin + (first + 1) * length, part.start + part.count, length)
-    return first, [b - a for a, b in pairwise([part.start, *edges, part.start + part.count])]
+    first = bisect_right(edges, part.start) - 1
+    inner = edges[first + 1 : bisect_left(edges, part.start + part.count)]
+    return first, [b - a for a, b in pairwise([part.start, *inner, part.start + part.count])]
 
 
 class Means:
@@ -81,7 +83,7 @@ class Means:
 
     def _blocks(self, part: Part) -> tuple[int, list[int]]:
         group, block = self.cut.group(part), self.cut.geometry.block
-        return runs(part, group.rows[0] - self._lead(group), block)
+        return runs(part, range(group.rows[0] - self._lead(group), group.rows[1] + block, block))
 
     def _lead(self, group: Group) -> int:
         """Rows of a group's first block that earlier chunks had: blocks lie at multiples of their length in a document."""
@@ -161,18 +163,30 @@ class Boxes:
         return self.shape[0] * self.key_heads * self.lse.dtype.itemsize // self.dtype.itemsize
 
     def _boxes(self, part: Part) -> tuple[int, list[int]]:
-        return runs(part, self.cut.group(part).rows[0], self.config.box)
+        group = self.cut.group(part)
+        return runs(part, [group.rows[0] + edge for edge in self._edges(group)])
+
+    def _edges(self, group: Group) -> tuple[int, ...]:
+        return box_edges(group.count, self.config.box, rows_alone(group, self.cut.geometry, self.config.last))
 
     def of_part(self, part: Part) -> Tensor:
-        _, counts = self._boxes(part)
-        here, box = slice(*part.rows), self.config.box
+        here, group = slice(*part.rows), self.cut.group(part)
         rows = torch.stack(
             [with_anchor(q[here], lse[:, here], self.scale, self.dtype) for q, lse in zip(self.q, self.lse)]
         )
-        lead, tail = -counts[0] % box if len(counts) > 1 else 0, -counts[-1] % box
+        first_alone = group.rows[1] - rows_alone(group, self.cut.geometry, self.config.last)
+        boxed = min(max(0, first_alone - part.start), part.count)
+        ends = torch.cat([self._ends(rows[:, :, :boxed], part), rows[:, :, boxed:, None].expand(-1, -1, -1, 2, -1)], 2)
+        return torch.cat([flat(self.near[:, :, part.group], self.dtype), ends.flatten()])
+
+    def _ends(self, rows: Tensor, part: Part) -> Tensor:
+        """(B, Hq, boxes, 2, d): smallest and largest entries of a part's boxes of more than one row, out of (B, Hq, rows, d)."""
+        box, count = self.config.box, rows.shape[2]
+        lead = (part.start - self.cut.group(part).rows[0]) % box if count else 0
+        tail = -(lead + count) % box
         ends = rows[:, :, :1].expand(-1, -1, lead, -1), rows[:, :, -1:].expand(-1, -1, tail, -1)
-        low, high = torch.aminmax(torch.cat([ends[0], rows, ends[1]], 2).unflatten(2, (len(counts), box)), dim=3)
-        return torch.cat([flat(self.near[:, :, part.group], self.dtype), torch.stack([low, high], 3).flatten()])
+        whole = torch.cat([ends[0], rows, ends[1]], 2)
+        return torch.stack(torch.aminmax(whole.unflatten(2, (whole.shape[2] // box, box)), dim=3), 3)
 
     def wanted(self, told: Mapping[int, Flats], rows: Mapping[int, Sequence[Range]]) -> Iterator[tuple[int, Tensor]]:
         for number, here in rows.items():
@@ -180,8 +194,8 @@ class Boxes:
 
     def _within_bound(self, number: int, flats: Flats, rows: Sequence[Range]) -> Tensor:
         """bool (B, Hq, candidates) of one group."""
-        group, box = self.cut.geometry.groups[number], self.config.box
-        shape = *self.shape, -(-group.count // box), self.dim
+        group = self.cut.geometry.groups[number]
+        shape = *self.shape, len(self._edges(group)) - 1, self.dim
         wide = accumulator_dtype(self.dtype)
         low = torch.full(shape, torch.inf, dtype=wide, device=self.q.device)
         high = torch.full_like(low, -torch.inf)

@@ -28,8 +28,9 @@ Found = TypeVar("Found")
 class Ahead(Generic[Found]):
     """Results by group, found for several groups alike at a time."""
 
-    def __init__(self, geometry: Geometry) -> None:
-        self.groups = geometry.groups
+    def __init__(self, geometry: Geometry, alike: Callable[[Group], object] = lambda group: None) -> None:
+        """alike: what else must be the same of groups that share a pass."""
+        self.groups, self.alike = geometry.groups, alike
         self.number = {group: number for number, group in enumerate(geometry.groups)}
         self.waiting: dict[tuple[Group, int], Found] = {}
 
@@ -42,9 +43,11 @@ class Ahead(Generic[Found]):
 
     def _from(self, group: Group, at_once: int) -> list[Group]:
         first = self.number.get(group, len(self.groups))
-        kind = group.document, group.count, group.candidates[0]
         following = self.groups[first + 1 : first + max(1, at_once)]
-        return [group, *takewhile(lambda g: (g.document, g.count, g.candidates[0]) == kind, following)]
+        return [group, *takewhile(lambda g: self._kind(g) == self._kind(group), following)]
+
+    def _kind(self, group: Group) -> tuple[object, ...]:
+        return group.document, group.count, group.candidates[0], self.alike(group)
 
 
 def groups_at_once(rows: int, heads: int, keys: int) -> int:

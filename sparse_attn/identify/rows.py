@@ -5,11 +5,15 @@
 
 A box holds `box` neighbouring rows of [scale * q, -lse]: mid and half are the middle and half width of its smallest and largest
 entries. With reach = 1 no row's score exceeds the bound, so nothing is lost; boxes of many dims are wide, and most columns
-would pass. A smaller reach is a guess, which a key could escape that is huge for one query while its neighbours look away; so
-keys of more than twice the length (root mean square) of those in initial block and window are always tested exactly.
+would pass. A smaller reach is a guess, and two kinds of columns could escape it: keys that are huge for one query while its
+neighbours look away, so keys of more than twice the length (root mean square) of those in initial block and window are always
+tested exactly; and what a single query retrieves by matching in all dims at once, which takes a reach of about 0.4. So the
+last rows of a document, from which generation goes on, are boxes of their own, whose bound is the score itself.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -59,7 +63,8 @@ class RescoreFinder(EveryFinder):
         self, q: Tensor, k: Tensor, lse: Tensor, geometry: Geometry, config: AnchorConfig, scale: float
     ) -> None:
         super().__init__(q, k, lse, geometry, config, scale)
-        self.ahead: Ahead[tuple[Tensor, Tensor]] = Ahead(geometry)
+        self.alone = partial(rows_alone, geometry=geometry, last=config.last)
+        self.ahead: Ahead[tuple[Tensor, Tensor]] = Ahead(geometry, self.alone)
         self.lengths = k.to(lse.dtype).square().sum(-1).transpose(1, 2)
         self.bounding = torch.cat([self.keys, self.keys.abs()], dim=-1)
 
@@ -81,7 +86,7 @@ class RescoreFinder(EveryFinder):
     def _within_bound(self, group: Group, entry: int) -> tuple[Tensor, Tensor]:
         """The group's rows, and bool (Hq, candidates)."""
         kv_heads, heads = self.keys.shape[1], self.q.shape[2]
-        of_one = heads // kv_heads * -(-group.count // self.config.box)
+        of_one = heads // kv_heads * (len(box_edges(group.count, self.config.box, self.alone(group))) - 1)
         at_once = groups_at_once(of_one, heads, self.keys.shape[2])
         rows, bounds = self.ahead.of(group, entry, at_once, lambda groups: self._bounds(groups, entry))
         passed = (bounds >= -self.theta[:, None]).unflatten(0, (kv_heads, -1))
@@ -91,7 +96,8 @@ class RescoreFinder(EveryFinder):
 
     def _bounds(self, groups: list[Group], entry: int) -> list[tuple[Tensor, Tensor]]:
         rows = [self.rows(group, entry) for group in groups]
-        boxed = torch.stack([boxes(x, self.config.box, self.config.reach) for x in rows], 1)
+        alone = self.alone(groups[0])
+        boxed = torch.stack([boxes(x, self.config.box, self.config.reach, alone) for x in rows], 1)
         keys = self.bounding[entry, :, groups[0].candidates[0] : groups[-1].candidates[1]].transpose(0, 1)
         counts = [group.candidate_keys for group in groups]
         found = group_maxima(boxed, None, keys, counts)
@@ -103,12 +109,33 @@ def near_length(lengths: Tensor, group: Group) -> Tensor:
     return torch.cat([lengths[:, a:b] for a, b in group.prefix], 1).mean(1)
 
 
-def boxes(rows: Tensor, box: int, reach: float) -> Tensor:
-    """(n, boxes, 2 d): [middle, reach * half width] of each run of `box` rows of (n, R, d)."""
+def rows_alone(group: Group, geometry: Geometry, last: int) -> int:
+    """How many rows of a group are among the `last` ones of their document: boxes of their own."""
+    after = geometry.documents[group.document][0][1] - group.rows[1]
+    return min(max(0, last - after), group.count)
+
+
+def box_edges(count: int, box: int, alone: int) -> tuple[int, ...]:
+    """Where the boxes of a group of `count` rows begin, and where the last one ends.
+
+    >>> box_edges(70, 32, 3)
+    (0, 32, 64, 67, 68, 69, 70)
+    """
+    return (*range(0, count - alone, box), *range(count - alone, count + 1))
+
+
+def boxes(rows: Tensor, box: int, reach: float, alone: int = 0) -> Tensor:
+    """(n, boxes, 2 d): [middle, reach * half width] of each run of `box` rows of (n, R, d), and of each of the last `alone`."""
+    single = rows[:, rows.shape[1] - alone :]
+    single = torch.cat([single, torch.zeros_like(single)], -1)
+    rows = rows[:, : rows.shape[1] - alone]
+    if not rows.shape[1]:
+        return single
     missing = -rows.shape[1] % box
     whole = rows if not missing else torch.cat([rows, rows[:, -1:].expand(-1, missing, -1)], 1)
     low, high = torch.aminmax(
         whole.unflatten(1, (-1, box)).float() if rows.dtype == torch.bfloat16 else whole.unflatten(1, (-1, box)), dim=2
     )
     middle = (low + high) / 2
-    return torch.cat([middle, reach * (high - middle)], -1).to(rows.dtype)
+    boxed = torch.cat([middle, reach * (high - middle)], -1).to(rows.dtype)
+    return torch.cat([boxed, single], 1) if alone else boxed

@@ -10,7 +10,7 @@ from sparse_attn.distributed import attend
 from tests.oracle import random_qkv
 from tokenring.segments import Segment
 
-SMALL = {"theta": 1.5, "block": 8, "step": 4, "dense": "never", "box": 8}
+SMALL = {"theta": 1.5, "block": 8, "step": 4, "dense": "never", "box": 8, "last": 5}
 
 
 def small(**options) -> AnchorConfig:

@@ -96,6 +96,23 @@ def test_one_huge_key_for_a_single_query_is_found_by_rescore_and_every(method: s
     assert found == (method in ("rescore", "every"))
 
 
+@pytest.mark.parametrize("last", [5, 40])
+def test_what_the_last_rows_want_is_kept_however_rough_the_bound(last: int) -> None:
+    length, rows = 205, BLOCK * STEP
+    q, k, _ = random_qkv(1, length, 1, 1, 16, torch.float64)
+    scores = (q[0, :, 0] @ k[0, :, 0].T) * 0.25
+    kept, rough = (as_sets(plan(q, k, config=config(0.5, "rescore", reach=0.0, last=n)), 0) for n in (last, 0))
+    wanted: dict[int, set[int]] = {}
+    for i in range(length - last, length):
+        start = i - i % rows
+        lse = scores[i, [*range(BLOCK), *range(start - BLOCK, i + 1)]].logsumexp(0)
+        own = {j for j in range(BLOCK, start - BLOCK) if scores[i, j] >= lse - 0.5}
+        wanted[start // rows] = wanted.get(start // rows, set()) | own
+    for group, columns in wanted.items():
+        assert columns <= kept[group] and not columns <= rough[group]
+    assert all(kept[group] == rough[group] for group in kept if group not in wanted)
+
+
 def test_sharing_by_key_head_is_the_union_of_its_query_heads() -> None:
     q, k, _ = random_qkv(2, 205, 6, 2, 16, torch.float64)
     alone, shared = (plan(q, k, config=config(3.5, "lse", share=share)) for share in ("query", "key"))
