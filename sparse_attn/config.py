@@ -39,8 +39,8 @@ class AnchorConfig:
     """`rescore`: how much of a box's half width the bound counts. 1 is a true bound and keeps most columns; less is a guess that
     lets fewer through to the exact test."""
     last: int = 64
-    """`rescore`: so many last rows of each document are asked about every column, whatever the bound: generation goes on from
-    them. With 0, chunks of a prompt that end where groups end keep exactly the columns that one call keeps."""
+    """`rescore`: so many last rows of each document, a group's at most, are asked about every column, whatever the bound:
+    generation goes on from them. With 0, chunks of a prompt that end where groups end keep exactly the columns that one call keeps."""
     scores: str = "auto"
     """Products of the tests of `rescore` and `every`: "input" in the dtype of q and k; "auto" in bfloat16 for float32 inputs
     on a processor that multiplies it faster. They choose columns; attention itself is always in the inputs' dtype."""

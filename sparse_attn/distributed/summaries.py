@@ -155,29 +155,34 @@ class Boxes:
         self.dim, self.key_heads = keys.shape[3], k.shape[2]
 
     def size(self, part: Part) -> int:
-        _, counts = self._boxes(part)
+        _, boxed, alone = self._boxes(part)
         batch, heads = self.shape
-        return self._near_size() + batch * heads * len(counts) * 2 * self.dim
+        return self._near_size() + batch * heads * (2 * boxed + alone) * self.dim
 
     def _near_size(self) -> int:
         return self.shape[0] * self.key_heads * self.lse.dtype.itemsize // self.dtype.itemsize
 
-    def _boxes(self, part: Part) -> tuple[int, list[int]]:
+    def _boxes(self, part: Part) -> tuple[int, int, int]:
+        """The first of the boxes that a part holds rows of, how many of several rows, and how many of one of the last rows."""
         group = self.cut.group(part)
-        return runs(part, [group.rows[0] + edge for edge in self._edges(group)])
+        first, counts = runs(part, [group.rows[0] + edge for edge in self._edges(group)])
+        alone = min(part.count, max(0, part.start + part.count - self._first_alone(group)))
+        return first, len(counts) - alone, alone
+
+    def _first_alone(self, group: Group) -> int:
+        return group.rows[1] - rows_alone(group, self.cut.geometry, self.config.last)
 
     def _edges(self, group: Group) -> tuple[int, ...]:
         return box_edges(group.count, self.config.box, rows_alone(group, self.cut.geometry, self.config.last))
 
     def of_part(self, part: Part) -> Tensor:
-        here, group = slice(*part.rows), self.cut.group(part)
+        here = slice(*part.rows)
         rows = torch.stack(
             [with_anchor(q[here], lse[:, here], self.scale, self.dtype) for q, lse in zip(self.q, self.lse)]
         )
-        first_alone = group.rows[1] - rows_alone(group, self.cut.geometry, self.config.last)
-        boxed = min(max(0, first_alone - part.start), part.count)
-        ends = torch.cat([self._ends(rows[:, :, :boxed], part), rows[:, :, boxed:, None].expand(-1, -1, -1, 2, -1)], 2)
-        return torch.cat([flat(self.near[:, :, part.group], self.dtype), ends.flatten()])
+        alone = rows.shape[2] - self._boxes(part)[2]
+        ends = self._ends(rows[:, :, :alone], part).flatten()
+        return torch.cat([flat(self.near[:, :, part.group], self.dtype), ends, rows[:, :, alone:].flatten()])
 
     def _ends(self, rows: Tensor, part: Part) -> Tensor:
         """(B, Hq, boxes, 2, d): smallest and largest entries of a part's boxes of more than one row, out of (B, Hq, rows, d)."""
@@ -200,12 +205,15 @@ class Boxes:
         low = torch.full(shape, torch.inf, dtype=wide, device=self.q.device)
         high = torch.full_like(low, -torch.inf)
         for part, numbers in flats:
-            first, counts = self._boxes(part)
+            first, boxed, alone = self._boxes(part)
             near = unflat(numbers[: self._near_size()], self.lse.dtype, (self.shape[0], self.key_heads))
-            ends = numbers[self._near_size() :].view(*self.shape, len(counts), 2, self.dim).to(wide)
-            here = slice(first, first + len(counts))
+            told, cut = numbers[self._near_size() :].to(wide), math.prod(self.shape) * 2 * boxed * self.dim
+            ends, single = told[:cut], told[cut:]
+            ends, here = ends.view(*self.shape, boxed, 2, self.dim), slice(first, first + boxed)
             low[:, :, here] = torch.minimum(low[:, :, here], ends[:, :, :, 0])
             high[:, :, here] = torch.maximum(high[:, :, here], ends[:, :, :, 1])
+            here = slice(first + boxed, first + boxed + alone)
+            low[:, :, here] = high[:, :, here] = single.view(*self.shape, alone, self.dim)
         middle = (low + high) / 2
         stacks = torch.cat([middle, self.config.reach * (high - middle)], -1).to(self.dtype)
         return torch.stack([self._passed(stacks[e], near[e], e, rows) for e in range(self.shape[0])])

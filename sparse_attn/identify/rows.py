@@ -110,9 +110,9 @@ def near_length(lengths: Tensor, group: Group) -> Tensor:
 
 
 def rows_alone(group: Group, geometry: Geometry, last: int) -> int:
-    """How many rows of a group are among the `last` ones of their document: boxes of their own."""
+    """How many rows of a group are among the `last` ones of their document, a whole group's at most: boxes of their own."""
     after = geometry.documents[group.document][0][1] - group.rows[1]
-    return min(max(0, last - after), group.count)
+    return min(max(0, min(last, geometry.rows) - after), group.count)
 
 
 def box_edges(count: int, box: int, alone: int) -> tuple[int, ...]:
