@@ -89,6 +89,8 @@ class AnchorSection(Section):
     """Blocks in a group, whose rows share columns. Left out: by length."""
     share: str = option(None, "query")
     """query: every query head has columns of its own; key: the query heads of a key head share theirs."""
+    last: int = option(None, 64)
+    """rescore: so many last rows of the prompt are asked about every column."""
 
     def __post_init__(self) -> None:
         self.check_types()
@@ -101,6 +103,7 @@ class AnchorSection(Section):
         self.one_of("share", ("query", "key"))
         for name in ("block", "step"):
             self.within(name, 1)
+        self.within("last", 0)
         if self.tuned == "":
             raise self.refuse("tuned", "give the name of a file that TunedConfig.save wrote")
         if self.density is not None and "theta" in self.given:

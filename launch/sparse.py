@@ -33,7 +33,12 @@ def anchor_config(config: RunConfig) -> AnchorConfig | TunedConfig:
             raise ConfigError(f"anchor.tuned is {section.tuned!r}: {error}") from error
     sizes = {name: getattr(section, name) or "auto" for name in ("block", "step")}
     return AnchorConfig(
-        theta=section.theta, identify=section.identify, share=section.share, dense=section.dense, **sizes
+        theta=section.theta,
+        identify=section.identify,
+        share=section.share,
+        dense=section.dense,
+        last=section.last,
+        **sizes,
     )
 
 
