@@ -31,7 +31,7 @@ from tests.pool import Pool
 
 HEADS = tiny_models.TEXT["num_attention_heads"]
 THETAS = {"qwen25": 1.0, "qwen3": 2.4, "llava": 1.0}
-SMALL = {"block": 8, "step": 2, "dense": "never", "last": 4}
+SMALL = {"block": 8, "step": 2, "dense": "never", "last": 0}
 
 
 @pytest.fixture(scope="module")
