@@ -96,7 +96,7 @@ def test_one_huge_key_for_a_single_query_is_found_by_rescore_and_every(method: s
     assert found == (method in ("rescore", "every"))
 
 
-@pytest.mark.parametrize("last", [5, 27])
+@pytest.mark.parametrize("last", [5, 13])
 def test_what_the_last_rows_want_is_kept_however_rough_the_bound(last: int) -> None:
     length, rows = 205, BLOCK * STEP
     q, k, _ = random_qkv(1, length, 1, 1, 16, torch.float64)
