@@ -23,7 +23,7 @@ from torch import Tensor
 from sparse_attn.config import AnchorConfig
 from sparse_attn.distributed.cut import Cut, Part
 from sparse_attn.geometry import Group
-from sparse_attn.identify.ahead import group_maxima, groups_at_once
+from sparse_attn.identify.ahead import groups_at_once, reaching
 from sparse_attn.identify.products import column_maximum, test_dtype, with_anchor, with_ones
 from sparse_attn.identify.rows import LONG, box_edges, rows_alone
 from tokenring.merge import accumulator_dtype
@@ -102,9 +102,9 @@ class Means:
             counts = [_count(rows[number]) for number in numbers]
             means, anchors = (torch.stack(x, 2) for x in zip(*(self._put_together(n, told[n]) for n in numbers)))
             keys = (picked(k, rows[numbers[-1]]) for k in self.k)
-            margins = torch.stack([group_maxima(m.to(k.dtype), a, k, counts) for m, a, k in zip(means, anchors, keys)])
+            found = [reaching(m.to(k.dtype), a, k, counts, -self.theta) for m, a, k in zip(means, anchors, keys)]
             for place, (number, count) in enumerate(zip(numbers, counts)):
-                yield number, margins[:, :, place, :count] >= -self.theta
+                yield number, torch.stack([entry[:, place, :count] for entry in found])
 
     def _together(self, rows: Mapping[int, Sequence[Range]]) -> Iterator[list[int]]:
         """Runs of groups of one document with as many rows and blocks: the candidates of each begin those of the next."""

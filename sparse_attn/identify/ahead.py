@@ -5,8 +5,9 @@ Groups are asked for one after the other; what was found along with one waits un
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from typing import Generic, TypeVar
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from sparse_attn.geometry import Geometry, Group
 
-ROWS_AT_ONCE = 128
+ROWS_AT_ONCE = 256
 """Rows of one key head that share a pass."""
 KEYS_AT_ONCE = 1024
 """Keys of one product: its scores stay in a cache until their maximum is taken."""
@@ -63,18 +64,44 @@ def group_maxima(rows: Tensor, anchors: Tensor | None, keys: Tensor, counts: Seq
         anchors: (Hq, G, U), whose dtype the result has; None for the scores themselves.
         counts: ascending; how many keys each group asks about. What lies beyond holds anything.
     """
-    kv_heads, (groups, units) = keys.shape[1], rows.shape[1:3]
-    rows = rows.unflatten(0, (kv_heads, -1))
-    below = None if anchors is None else anchors.unsqueeze(3).unflatten(0, (kv_heads, -1))
-    found = (rows if below is None else below).new_empty(*rows.shape[:3], keys.shape[0])
-    threads = torch.get_num_threads()
+    found = (rows if anchors is None else anchors).new_empty(*_by_key_head(rows, keys)[:3], keys.shape[0])
+    for here, best in _maxima(rows, anchors, keys, counts):
+        found[here] = best
+    return found.flatten(0, 1)
+
+
+def reaching(rows: Tensor, anchors: Tensor | None, keys: Tensor, counts: Sequence[int], least: Tensor) -> Tensor:
+    """bool (Hq, G, C): where `group_maxima` are `least` (Hq, 1) or more; they are never all held at once."""
+    shape = _by_key_head(rows, keys)
+    found = torch.empty(*shape[:3], keys.shape[0], dtype=torch.bool, device=rows.device)
+    least = least.view(*shape[:2], 1, 1)
+    for here, best in _maxima(rows, anchors, keys, counts):
+        torch.ge(best, least[here[0]], out=found[here])
+    return found.flatten(0, 1)
+
+
+def _by_key_head(rows: Tensor, keys: Tensor) -> tuple[int, ...]:
+    """(Hkv, Hq / Hkv, G, U, D) for rows (Hq, G, U, D)."""
+    return keys.shape[1], rows.shape[0] // keys.shape[1], *rows.shape[1:]
+
+
+def _maxima(
+    rows: Tensor, anchors: Tensor | None, keys: Tensor, counts: Sequence[int]
+) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
+    """Where in (Hkv, Hq / Hkv, G, C) some maxima of `group_maxima` belong, and they, valid until the next."""
+    kv_heads, each, groups, units, _ = _by_key_head(rows, keys)
+    rows = rows.unflatten(0, (kv_heads, each))
+    below = None if anchors is None else anchors.unsqueeze(3).unflatten(0, (kv_heads, each))
+    threads = min(kv_heads, torch.get_num_threads())
+    memory = rows.new_empty(threads * each * groups * units * min(KEYS_AT_ONCE, keys.shape[0]))
     for head in range(0, kv_heads, threads):
         heads = slice(head, head + threads)
         for first in range(0, keys.shape[0], KEYS_AT_ONCE):
             some, left = slice(first, first + KEYS_AT_ONCE), bisect_right(counts, first)
-            stacked = rows[heads, :, left:].flatten(1, 3)
-            scores = torch.bmm(stacked, keys[some, heads].permute(1, 2, 0)).unflatten(1, (-1, groups - left, units))
+            stacked, across = rows[heads, :, left:].flatten(1, 3), keys[some, heads].permute(1, 2, 0)
+            shape = *stacked.shape[:2], across.shape[2]
+            scores = torch.bmm(stacked, across, out=memory[: math.prod(shape)].view(shape))
+            scores = scores.unflatten(1, (each, groups - left, units))
             if below is not None:
                 scores = scores.to(below.dtype).sub_(below[heads, :, left:])
-            torch.amax(scores, 3, out=found[heads, :, left:, some])
-    return found.flatten(0, 1)
+            yield (heads, slice(None), slice(left, None), some), scores.amax(3)

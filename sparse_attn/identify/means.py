@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparse_attn.config import AnchorConfig
 from sparse_attn.geometry import Geometry, Group
-from sparse_attn.identify.ahead import Ahead, group_maxima, groups_at_once
+from sparse_attn.identify.ahead import Ahead, group_maxima, groups_at_once, reaching
 from sparse_attn.identify.maximum import row_tops
 from sparse_attn.kernels.state import AnchorState
 
@@ -40,26 +40,28 @@ class MeanFinder:
 
     def kept(self, group: Group, entry: int) -> Tensor:
         """bool (Hq, candidates): see `Finder`."""
-        return self.margins(group, entry) >= -self.theta
+        each, blocks = self.q.shape[2] // self.k.shape[2], -(-group.count // self.geometry.block)
+        at_once = groups_at_once(each * blocks, self.q.shape[2], self.k.shape[1])
+        return self.ahead.of(group, entry, at_once, lambda groups: self._kept(groups, entry))
 
     def passed(self, group: Group, entry: int) -> Tensor:
         """bool (Hq, candidates): there is no second test."""
         return self.kept(group, entry)
 
+    def _kept(self, groups: list[Group], entry: int) -> list[Tensor]:
+        means, anchors, keys, counts = self._asked(groups, entry)
+        found = reaching(means, anchors, keys, counts, -self.theta)
+        return [found[:, n, :count] for n, count in enumerate(counts)]
+
     def margins(self, group: Group, entry: int) -> Tensor:
         """(Hq, candidates): largest pooled score above the pooled anchor, over the group's blocks."""
-        each, blocks = self.q.shape[2] // self.k.shape[2], -(-group.count // self.geometry.block)
-        at_once = groups_at_once(each * blocks, self.q.shape[2], self.k.shape[1])
-        return self.ahead.of(group, entry, at_once, lambda groups: self._margins(groups, entry))
+        return group_maxima(*self._asked([group], entry))[:, 0]
 
-    def _margins(self, groups: list[Group], entry: int) -> list[Tensor]:
+    def _asked(self, groups: list[Group], entry: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+        """Mean queries and anchors of some groups, all candidates of the last, and how many of these are each group's."""
         means, anchors = self._pooled_together(groups, entry)
-        keys, counts = (
-            self.k[entry, groups[0].candidates[0] : groups[-1].candidates[1]],
-            [g.candidate_keys for g in groups],
-        )
-        found = group_maxima(means.to(keys.dtype), anchors, keys, counts)
-        return [found[:, n, :count] for n, count in enumerate(counts)]
+        keys = self.k[entry, groups[0].candidates[0] : groups[-1].candidates[1]]
+        return means.to(keys.dtype), anchors, keys, [group.candidate_keys for group in groups]
 
     def _pooled_together(self, groups: list[Group], entry: int) -> tuple[Tensor, Tensor]:
         """Scaled mean queries (Hq, groups, blocks, D) and anchors (Hq, groups, blocks)."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparse_attn.config import AnchorConfig
 from sparse_attn.geometry import Geometry, Group
-from sparse_attn.identify.ahead import Ahead, group_maxima, groups_at_once
+from sparse_attn.identify.ahead import Ahead, groups_at_once, reaching
 from sparse_attn.identify.products import column_maximum, test_dtype, with_anchor, with_ones
 
 LONG = 4.0
@@ -88,19 +88,19 @@ class RescoreFinder(EveryFinder):
         kv_heads, heads = self.keys.shape[1], self.q.shape[2]
         of_one = heads // kv_heads * (len(box_edges(group.count, self.config.box, self.alone(group))) - 1)
         at_once = groups_at_once(of_one, heads, self.keys.shape[2])
-        rows, bounds = self.ahead.of(group, entry, at_once, lambda groups: self._bounds(groups, entry))
-        passed = (bounds >= -self.theta[:, None]).unflatten(0, (kv_heads, -1))
+        rows, bound = self.ahead.of(group, entry, at_once, lambda groups: self._bound(groups, entry))
+        passed = bound.unflatten(0, (kv_heads, -1))
         lengths = self.lengths[entry]
         long = lengths[:, slice(*group.candidates)] > LONG * near_length(lengths, group)[:, None]
         return rows, passed.logical_or_(long.unsqueeze(1)).flatten(0, 1)
 
-    def _bounds(self, groups: list[Group], entry: int) -> list[tuple[Tensor, Tensor]]:
+    def _bound(self, groups: list[Group], entry: int) -> list[tuple[Tensor, Tensor]]:
         rows = [self.rows(group, entry) for group in groups]
         alone = self.alone(groups[0])
         boxed = torch.stack([boxes(x, self.config.box, self.config.reach, alone) for x in rows], 1)
         keys = self.bounding[entry, :, groups[0].candidates[0] : groups[-1].candidates[1]].transpose(0, 1)
         counts = [group.candidate_keys for group in groups]
-        found = group_maxima(boxed, None, keys, counts)
+        found = reaching(boxed, None, keys, counts, -self.theta[:, None])
         return [(rows[n], found[:, n, :count]) for n, count in enumerate(counts)]
 
 

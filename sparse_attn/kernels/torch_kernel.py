@@ -1,18 +1,19 @@
 """Both passes on torch operators: any device, any length, memory linear in length.
 
-Anchor regions: matrix products where those are quicker (`products.py`), else block kernels, groups alike as batch entries of one
-call. Stripes: a group gathers each chosen row of a list once; the heads' partials merge together.
+Matrix products where those are quicker (`products.py`, `resumed.py`), else block kernels: anchor regions of groups alike as batch
+entries of one call; stripes a list at a time, whose chosen rows are gathered once.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sparse_attn.folding import ROWS_AT_ONCE, alike, fold, prefixes
 from sparse_attn.geometry import Geometry, Group
 from sparse_attn.kernels import products
 from sparse_attn.kernels.blocks import Blocks
+from sparse_attn.kernels.gathered import Rows
+from sparse_attn.kernels.resumed import Resumed
 from sparse_attn.kernels.state import AnchorState
 from sparse_attn.stripes import StripePlan, within
 from tokenring.merge import merge_
@@ -61,18 +62,17 @@ class TorchKernel:
 
     def stripes_(self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: StripePlan) -> None:
         """Every group's columns join (out, lse) of its rows, in place."""
-        scratch = _Rows(k), _Rows(v)
+        resumed = Resumed(q, k, v, self.blocks.scale) if self.by_products and products.takes(q) else None
+        scratch = Rows(k), Rows(v)
         for number, group in enumerate(plan.geometry.groups):
-            lists = plan.lists(number)
-            if not any(len(columns) for columns in lists):
-                continue
             rows = slice(*group.rows)
-            for place, columns in enumerate(lists):
-                if len(columns):
-                    entry, queries, key_head = heads_of(plan, place)
-                    both = (rows_of.gathered(entry, key_head, columns) for rows_of in scratch)
-                    part = self.blocks.attend(q[entry, rows, queries].unsqueeze(0), *both)
-                    merge_(out[entry, rows, queries].unsqueeze(0), lse[entry, queries, rows].unsqueeze(0), *part)
+            for place, columns in enumerate(plan.lists(number)):
+                entry, queries, key_head = heads_of(plan, place)
+                if not len(columns) or (resumed and resumed.join_(out, lse, entry, rows, queries, key_head, columns)):
+                    continue
+                both = (x.gathered(entry, key_head, columns)[None, :, None] for x in scratch)
+                part = self.blocks.attend(q[entry, rows, queries].unsqueeze(0), *both)
+                merge_(out[entry, rows, queries].unsqueeze(0), lse[entry, queries, rows].unsqueeze(0), *part)
 
 
 def heads_of(plan: StripePlan, place: int) -> tuple[int, slice, int]:
@@ -82,19 +82,3 @@ def heads_of(plan: StripePlan, place: int) -> tuple[int, slice, int]:
     if plan.share == "query":
         return entry, slice(head, head + 1), head // each
     return entry, slice(head * each, (head + 1) * each), head
-
-
-class _Rows:
-    """Chosen rows of keys or values, copied into one memory that the next list takes over: fresh memory costs page faults."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.x, self.memory = x, x.new_empty(0, x.shape[3])
-
-    def gathered(self, entry: int, head: int, columns: Tensor) -> Tensor:
-        """(1, n, 1, D), valid until the next call; a run of neighbours is a view."""
-        rows, first, last = self.x[entry, :, head], int(columns[0]), int(columns[-1])
-        if last - first + 1 == len(columns):
-            return rows[None, first : last + 1, None]
-        if len(self.memory) < len(columns):
-            self.memory = self.x.new_empty(2 * len(columns), self.x.shape[3])
-        return torch.index_select(rows, 0, columns, out=self.memory[: len(columns)])[None, :, None]

@@ -102,6 +102,17 @@ def test_queries_are_the_last_rows_of_the_keys(queries: int, keys: int) -> None:
         torch.testing.assert_close(lse, expected_lse, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize(("dtype", "score"), [(torch.float32, 60.0), (torch.float32, 300.0), (torch.float64, 2000.0)])
+def test_a_stripe_may_outweigh_the_anchor_region_by_any_factor(dtype: torch.dtype, score: float) -> None:
+    """e^300 is more than float32 holds, e^2000 more than float64."""
+    q, k, v = random_qkv(1, 200, 2, 1, 16, dtype, seed=4)
+    q[..., 0], k[..., 0], k[:, 20, :, 0] = 1.0, 0.0, 4 * score
+    out, lse, _ = through_stripes(q, k, v, small(identify="every"))
+    expected, expected_lse = dense_attention(q, k, v, causal(200, 200))
+    torch.testing.assert_close(out.double(), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-4, rtol=1e-6)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_chunks_that_end_at_groups_equal_one_call(method: str) -> None:
     q, k, v = random_qkv(1, 200, 4, 2, 16, torch.float64, seed=9)
