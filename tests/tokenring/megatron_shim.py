@@ -7,6 +7,7 @@ is left out, as it would start a compiler in every worker.
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import warnings
 from collections.abc import Iterator
@@ -82,6 +83,7 @@ def megatron_on_cpu() -> Iterator[None]:
 @contextlib.contextmanager
 def model_parallel(group: dist.ProcessGroup, **sizes: Any) -> Iterator[None]:
     """Megatron's global groups over the ranks of `group`, which stands for the whole job; all gone when the block ends."""
+    gc.collect()  # the last block's model, whose cycles hold its groups' connections open
     whole, made = dist.group.WORLD, []
     make = dist.new_group
 

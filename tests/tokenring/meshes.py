@@ -7,6 +7,8 @@ from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from tests.pool import keeps_groups
+
 
 @lru_cache(maxsize=1)
 def two_axes() -> DeviceMesh:
@@ -14,6 +16,7 @@ def two_axes() -> DeviceMesh:
     return init_device_mesh("cpu", (2, 4), mesh_dim_names=("dp", "cp"))
 
 
+@keeps_groups
 def make_mesh(_group: Any) -> None:
     """For `pool.run(8, make_mesh)`: later tasks on fewer workers find the mesh made."""
     two_axes()
