@@ -112,9 +112,14 @@ def test_ray_runs_on_a_given_cluster_and_leaves_it_usable(cluster, tmp_path):
     assert "no room for bundle 3 (1 CPU) of 4" in full.failure.line
     assert "3 CPU free" in full.failure.line
 
-    late = start("ray", "hangs", 2, tmp_path / "d", ray_address=address, timeout_seconds=20.0)
+    for seconds in (12.0, 60.0):  # a loaded machine may not get as far as the stage in the first
+        out = tmp_path / f"hangs-{seconds}"
+        late = start("ray", "hangs", 2, out, ray_address=address, timeout_seconds=seconds)
+        assert "timed out: no result after" in late.failure.line
+        if "stopped in stage" in late.failure.line:
+            break
     assert "stopped in stage 'forever'" in late.failure.line
-    assert (tmp_path / "d" / "logs" / "rank-1.log").exists()
+    assert (out / "logs" / "rank-1.log").exists()
     assert list(temporary.glob("tokenring-rank-*")) == []
 
 
