@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import json
 import statistics
 import tempfile
 import time
@@ -30,8 +29,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from benchmarks import record
 from benchmarks.moe_rivals import DEEPSPEED, MEGATRON, rivals
-from benchmarks.record import measured
 from moe import build_dispatcher, traffic
 from moe.dispatch.pages import WAITING
 from moe.workloads import WORKLOADS, routing
@@ -65,8 +64,8 @@ def peak_bytes(reset: bool) -> int:
     raise RuntimeError("no VmHWM in /proc/self/status")
 
 
-def worker(rank: int, world: int, store: str, options: argparse.Namespace, results: str) -> None:
-    """One rank: all contenders on all workloads."""
+def worker(rank: int, world: int, store: str, options: argparse.Namespace) -> None:
+    """One rank: all contenders on all workloads; the first rank prints and keeps each workload's figures as they come."""
     torch.set_num_threads(1)
     limit = timedelta(seconds=300)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit)
@@ -75,13 +74,13 @@ def worker(rank: int, world: int, store: str, options: argparse.Namespace, resul
     steps = {name: ours(name, group, options) for name in OURS}
     if options.rivals:
         steps |= rivals(group, options, singles[rank])
-    records = []
     for number, workload in enumerate(options.workloads):
         taking_part = [name for name in steps if takes_part(name, workload, number, world, options)]
         turns = options.turns if number == 0 else options.other_turns
-        records.append(run_workload(workload, {name: steps[name] for name in taking_part}, group, turns, options))
-    if rank == 0:
-        Path(results).write_text(json.dumps(records))
+        found = run_workload(workload, {name: steps[name] for name in taking_part}, group, turns, options)
+        if rank == 0:
+            show(found)
+            keep(found, options)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -176,15 +175,28 @@ def report(workload: str, world: int, seconds: dict, peaks: dict, sent: dict) ->
     return {"workload": workload, "ranks": world, "contenders": table}
 
 
-def show(record: dict) -> None:
-    """Print one record."""
-    print(f"\n{record['workload']} ({WORKLOADS[record['workload']]}), {record['ranks']} ranks")
+def show(found: dict) -> None:
+    """Print one workload's figures."""
+    print(f"\n{found['workload']} ({WORKLOADS[found['workload']]}), {found['ranks']} ranks")
     print(f"{'':<20}{'seconds':>10}{'x dedup':>9}{'bytes x':>9}{'MiB sent':>10}{'peak MiB':>10}")
-    for name, row in record["contenders"].items():
+    for name, row in found["contenders"].items():
         print(
             f"{name:<20}{row['seconds']:>10.4f}{row['ratio_to_dedup']:>9.2f}{row['byte_ratio_to_dedup']:>9.2f}"
-            f"{row['bytes'] / 2**20:>10.0f}{row['peak_bytes'] / 2**20:>10.0f}"
+            f"{row['bytes'] / 2**20:>10.0f}{row['peak_bytes'] / 2**20:>10.0f}",
+            flush=True,
         )
+
+
+def keep(found: dict, options: argparse.Namespace) -> None:
+    """Add one workload's figures to the file, in place of those of the same workload and ranks."""
+    if not options.out:
+        return
+    what = "dispatch and combine, forward and backward: " + ", ".join(
+        f"{key}={getattr(options, key)}" for key in ("tokens", "hidden", "experts", "topk", "turns", "other_turns")
+    )
+    question = (found["workload"], found["ranks"])
+    rows = [row for row in record.kept(options.out, what) if (row["workload"], row["ranks"]) != question]
+    record.write(options.out, what, [*rows, found])
 
 
 def main() -> None:
@@ -199,19 +211,11 @@ def main() -> None:
     parser.add_argument("--other-turns", type=int, default=3)
     parser.add_argument("--workloads", nargs="+", default=["W0"], choices=WORKLOADS)
     parser.add_argument("--no-rivals", dest="rivals", action="store_false")
-    parser.add_argument("--out")
+    parser.add_argument("--out", type=Path, help="file of figures, written after every workload")
     options = parser.parse_args()
-    records = []
     for world in options.ranks:
         with tempfile.TemporaryDirectory() as folder:
-            results = f"{folder}/results.json"
-            mp.spawn(worker, args=(world, f"{folder}/store", options, results), nprocs=world)
-            records += json.loads(Path(results).read_text())
-    for record in records:
-        show(record)
-    if options.out:
-        sizes = {key: getattr(options, key) for key in ("tokens", "hidden", "experts", "topk", "turns", "other_turns")}
-        Path(options.out).write_text(json.dumps(measured() | {"sizes": sizes, "records": records}, indent=1) + "\n")
+            mp.spawn(worker, args=(world, f"{folder}/store", options), nprocs=world)
 
 
 if __name__ == "__main__":
