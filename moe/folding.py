@@ -17,14 +17,12 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
-    from moe.folding_groups import FoldingGroups
+from moe.folding_groups import FoldingGroups, create_groups, mesh_of
 
 ATTENTION_AXES = ("tp", "cp", "dp", "pp")
 MOE_AXES = ("etp", "ep", "edp", "pp")
@@ -185,13 +183,9 @@ class Folding:
 
     def create_groups(self, *, group: Any = None, backend: str | None = None) -> FoldingGroups:
         """Collective over `group`, by default the whole job: this rank's torch.distributed groups; see `moe.folding_groups`."""
-        from moe.folding_groups import create_groups
-
         return create_groups(self, group=group, backend=backend)
 
     def _mesh(self, known: tuple[str, ...], device_type: str, groups: FoldingGroups | None) -> DeviceMesh:
-        from moe.folding_groups import mesh_of
-
         return mesh_of(self, tuple(reversed(known)), device_type, groups)
 
     # -- all legal ones ----------------------------------------------------------------------------------------------

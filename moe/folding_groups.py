@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from moe.folding import Folding
 from tokenring.transport import connect
 
 AXES = ("tp", "cp", "dp", "pp", "tp-cp", "tp-cp-dp", "etp", "ep", "edp", "etp-ep")
+
+
+class RankMapping(Protocol):
+    """What is asked of a `moe.Folding` here; equal ones have equal groups."""
+
+    @property
+    def world(self) -> int:
+        """How many ranks."""
+
+    def groups(self, axes: str) -> list[list[int]]:
+        """Ranks that differ on these axes only."""
 
 
 @dataclass(frozen=True)
 class FoldingGroups:
     """This rank's process groups, by axes: `groups["ep"]`, `groups["tp-cp"]`."""
 
-    folding: Folding
+    folding: RankMapping
     """What they were made from."""
     by_axes: dict[str, dist.ProcessGroup]
     """One for each entry of `moe.folding_groups.AXES`; equal sets of ranks share one."""
@@ -33,7 +43,7 @@ class FoldingGroups:
         return self.by_axes[axes]
 
 
-def create_groups(folding: Folding, *, group: Any = None, backend: str | None = None) -> FoldingGroups:
+def create_groups(folding: RankMapping, *, group: Any = None, backend: str | None = None) -> FoldingGroups:
     """Collective over all ranks of `group`, as many as the folding's world.
 
     Args:
@@ -64,9 +74,9 @@ def create_groups(folding: Folding, *, group: Any = None, backend: str | None = 
     return FoldingGroups(folding, by_axes, tuple(everyone))
 
 
-def mesh_of(folding: Folding, names: tuple[str, ...], device_type: str, groups: FoldingGroups | None) -> DeviceMesh:
+def mesh_of(folding: RankMapping, names: tuple[str, ...], device_type: str, groups: FoldingGroups | None) -> DeviceMesh:
     """A mapping as a DeviceMesh, its slowest axis first; over the groups given, or, collectively, with groups of its own."""
-    sizes = tuple(getattr(folding, name) for name in names)
+    sizes = tuple(len(folding.groups(name)[0]) for name in names)
     if groups is None:
         return init_device_mesh(device_type, sizes, mesh_dim_names=names)
     if groups.folding != folding:
@@ -75,12 +85,12 @@ def mesh_of(folding: Folding, names: tuple[str, ...], device_type: str, groups: 
     return DeviceMesh.from_group([groups[name] for name in names], device_type, ranks, mesh_dim_names=names)
 
 
-def _sets(folding: Folding, axes: str, everyone: list[int]) -> list[tuple[int, ...]]:
+def _sets(folding: RankMapping, axes: str, everyone: list[int]) -> list[tuple[int, ...]]:
     """The groups of these axes as global ranks."""
     return [tuple(everyone[place] for place in places) for places in folding.groups(axes)]
 
 
-def _all_sets(folding: Folding, everyone: list[int]) -> list[tuple[int, ...]]:
+def _all_sets(folding: RankMapping, everyone: list[int]) -> list[tuple[int, ...]]:
     """Every different set of ranks, in an order that is alike on all of them."""
     return list(dict.fromkeys(ranks for axes in AXES for ranks in _sets(folding, axes, everyone)))
 
