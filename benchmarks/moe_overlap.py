@@ -9,7 +9,6 @@ as they do over loopback. Forward and backward; variants take turns; medians of 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +16,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from benchmarks import record
 from benchmarks.linklab.crew import hire
 from benchmarks.linklab.jobs import Span, seconds, turns
 from benchmarks.linklab.lab import build
 from benchmarks.linklab.wiring import wire
-from benchmarks.record import measured
 from moe import MoELayer, SharedExperts
 
 TOKENS, HIDDEN, FFN, EXPERTS, TOPK, SHARED = 1024, 256, 512, 8, 4, 2048
@@ -74,23 +73,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--mbit", type=float, nargs="+", default=[100.0, 200.0, 400.0])
     parser.add_argument("--repeat", type=int, default=7)
-    parser.add_argument("--out")
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    records = []
+    rows = []
     for mbit in options.mbit:
         with build(wire("mesh", 2, mbit)) as lab, hire(lab) as crew:
             alone = statistics.median(seconds(crew.run(jobs.computing, options.repeat)))
             answers = crew.run(jobs.variants, options.repeat)
         times = {name: seconds([answer[i] for answer in answers]) for i, name in enumerate(VARIANTS)}
         medians = {name: statistics.median(runs) for name, runs in times.items()}
-        records.append({"mbit": mbit, "computing_seconds": alone, "seconds": medians, "runs": times})
+        rows.append({"mbit": mbit, "computing_seconds": alone, "seconds": medians, "runs": times})
         base = medians["shared after"]
         print(f"{mbit:g} Mbit/s a direction; the same on one rank, nothing sent: {alone:.3f} s")
         for name, value in medians.items():
             print(f"  {name:<18}{value:8.3f} s   {base / value:5.2f} x")
     if options.out:
         sizes = {"tokens": TOKENS, "hidden": HIDDEN, "ffn": FFN, "experts": EXPERTS, "topk": TOPK, "shared_ffn": SHARED}
-        Path(options.out).write_text(json.dumps(measured() | {"sizes": sizes, "records": records}, indent=1) + "\n")
+        what = "a layer's forward and backward over links of a set rate: tokens in parts, shared experts beside the exchange"
+        record.write(options.out, what, rows, sizes=sizes)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def folding_of(config: RunConfig, sizes: ExpertSizes) -> Folding:
 
 
 def own_experts(config: RunConfig, rank: int) -> OwnExperts | None:
-    """Which experts of a model directory a rank reads; None: all, or there are none.
+    """Which experts of a model directory a rank reads, and which part of each; None: all, or there are none.
 
     Raises:
         ConfigError: the directory, or the mapping, cannot be used.
@@ -108,11 +108,12 @@ def own_experts(config: RunConfig, rank: int) -> OwnExperts | None:
         sizes = sizes_of(config, language_config(Path(source)))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if sizes is None or (folding := folding_of(config, sizes)).ep == 1:
+    if sizes is None or (folding := folding_of(config, sizes)).ep * folding.etp == 1:
         return None
     from moe.integrations.huggingface_loading import OwnExperts
 
-    return OwnExperts(folding.coordinates(rank)["ep"], folding.ep)
+    place = folding.coordinates(rank)
+    return OwnExperts(place["ep"], folding.ep, place["etp"], folding.etp)
 
 
 def check_experts(config: RunConfig, text: Mapping[str, Any]) -> None:

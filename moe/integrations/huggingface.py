@@ -13,7 +13,6 @@ biases, clamps and activations stay the model's. Written for transformers 5.23.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,22 +21,10 @@ from transformers.distributed.expert_parallel import EPImplementation, EPImpleme
 
 from moe.dispatch import DISPATCHERS, Dispatched, Dispatcher, build_dispatcher
 from moe.dispatch.pipelined import through_experts
+from moe.integrations.huggingface_parts import ADDED_ONCE, HeldPart, part_of_experts
 from tokenring.transport import Transport, connect
 
-__all__ = ["DispatcherEP", "HeldPart", "SpreadExperts", "expert_modules", "expert_parallel", "register"]
-
-ADDED_ONCE = "down_proj_bias"
-"""Parts of an expert are added up; the first one has its last bias, the others keep zeros."""
-
-
-@dataclass(frozen=True)
-class HeldPart:
-    """Which experts of a layer a module was loaded with; see `moe.integrations.huggingface_loading`."""
-
-    first: int
-    """Number of its first expert."""
-    whole: int
-    """E, of the layer."""
+__all__ = ["DispatcherEP", "SpreadExperts", "expert_modules", "expert_parallel", "register"]
 
 
 def _held(module: nn.Module) -> HeldPart:
@@ -131,38 +118,21 @@ def _keep_local(module: nn.Module, d: Dispatcher) -> None:
             f"{type(module).__name__} holds experts {held.first} to {held.first + here - 1} of {held.whole}; this rank needs "
             f"{d.first_expert} to {d.first_expert + d.local_experts - 1} of {d.num_experts}: load those"
         )
-    if etp > 1 and getattr(module, "has_post_expert_norm", False):
+    if held.etp > 1 and (held.etp, held.etp_rank) != (etp, d.etp.rank):
         raise ValueError(
-            f"{type(module).__name__} norms what an expert gives, which parts of an expert cannot; give ETP 1"
+            f"{type(module).__name__} holds part {held.etp_rank} of {held.etp} of its experts; this rank needs part "
+            f"{d.etp.rank} of {etp}: load that, or whole experts"
         )
-    mine = slice(first, first + d.local_experts)
+    mine, cut = slice(first, first + d.local_experts), etp // held.etp
     for name, parameter in list(module.named_parameters(recurse=False)):
         if parameter.shape[0] == here:
-            kept, learns = parameter.detach()[mine], parameter.requires_grad
-            if etp > 1:
-                kept = _part_of_experts(module, name, kept, etp, d.etp.rank)
-                learns &= name != ADDED_ONCE or d.etp.rank == 0
+            kept = part_of_experts(module, name, parameter.detach()[mine], cut, d.etp.rank)
             if kept.shape != parameter.shape or not isinstance(getattr(module, "_held_part", None), HeldPart):
                 kept = kept.clone()  # what was loaded for this rank alone needs no copy
+            learns = parameter.requires_grad and (name != ADDED_ONCE or d.etp.rank == 0)
             setattr(module, name, nn.Parameter(kept, requires_grad=learns))
     module.num_experts = d.local_experts
     module._is_expert_parallel = True
-
-
-def _part_of_experts(module: nn.Module, name: str, x: Tensor, etp: int, part: int) -> Tensor:
-    """This rank's F / ETP of the inner width."""
-    if name == ADDED_ONCE:
-        return x if part == 0 else torch.zeros_like(x)
-    rows_first = not getattr(module, "is_transposed", False)  # (out, in), as nn.Linear has it
-    inner = -1 if name.endswith("bias") or rows_first == (name == "down_proj") else -2
-    halves = 2 if name.startswith("gate_up") and getattr(module, "is_concatenated", True) else 1
-    pairs = 2 if name.startswith("gate_up") and halves == 1 else 1
-    width = x.shape[inner] // (halves * pairs)
-    if width % etp:
-        raise ValueError(
-            f"experts of {type(module).__name__} are {width} wide, no multiple of ETP = {etp}; give a divisor"
-        )
-    return torch.cat([half.chunk(etp, dim=inner)[part] for half in x.chunk(halves, dim=inner)], dim=inner)
 
 
 def _through(

@@ -59,14 +59,17 @@ def config_of(clip: Path, model: str, world: int, **moe: Any) -> RunConfig:
 
 
 def watch(group: Any, config: RunConfig, spoil: int | None = None) -> RankRecord:
-    """One run; rank `spoil` gets an expert wrong. No rank but the one that verifies reads whole experts."""
+    """One run; rank `spoil` gets an expert wrong. No rank but the one that verifies reads more than its part of its experts."""
     torch.set_num_threads(1)
     whole, spread = encoder.load, mixture.spread
 
     def spoiled(model: nn.Module, block: ExpertBlock, keep_whole: bool) -> list[mixture.HeldExperts]:
-        read = {module.num_experts for module in expert_modules(model).values()}
-        ep = block.ep_group.size() if block.ep_group is not None and not keep_whole else 1
-        assert read == {block.experts // ep} and keep_whole == (group.rank() == 0)
+        read = {tuple(module.down_proj.shape) for module in expert_modules(model).values()}
+        ep, etp = (1 if keep_whole or g is None else g.size() for g in (block.ep_group, block.etp_group))
+        text = model.config.get_text_config()
+        width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+        assert read == {(block.experts // ep, text.hidden_size, width // etp)}
+        assert keep_whole == (group.rank() == 0)
         layers = spread(model, block, keep_whole)
         if spoil == group.rank():
             layers[0].module.down_proj.data[0] *= 1.05
@@ -85,6 +88,7 @@ RUNS = [
     ("qwen3_moe", 4, (8, 3), 3, {"ep": 2, "etp": 2, "chunks": 2}, (2, 2)),
     ("mixtral", 4, (4, 2), 3, {}, (4, 1)),
     ("mixtral", 3, (4, 2), 3, {"etp": 1}, (1, 1)),
+    ("qwen3_vl_moe", 2, (8, 2), 2, {"ep": 1, "etp": 2}, (1, 2)),
     ("qwen3_vl_moe", 4, (8, 2), 2, {"dispatcher": "hierarchical", "ranks_per_node": 2}, (4, 1)),
     ("llava_moe", 3, (6, 2), 3, {"dispatcher": "alltoall"}, (3, 1)),
 ]
