@@ -10,7 +10,6 @@ and the host's part. The merges' own time on the device is read from a profile. 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
 import tokenring as tr
-from benchmarks.record import measured
+from benchmarks.record import write
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 SCHEDULES = ("ring", "biring", "tokenring", "gather", "mesh", "ulysses")
@@ -84,10 +83,10 @@ def merging(call: Callable[[], Any], device: str) -> float | None:
     """Seconds that merge kernels spend on the device in one call; None where the device has none of its own."""
     if device == "cpu":
         return None
-    with profile(activities=[ProfilerActivity.CUDA]) as record:
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         call()
         synchronize(device)
-    return sum(event.self_device_time_total for event in record.key_averages() if "merge" in event.key) / 1e6
+    return sum(event.self_device_time_total for event in profiled.key_averages() if "merge" in event.key) / 1e6
 
 
 def synchronize(device: str) -> None:
@@ -137,10 +136,10 @@ def main() -> None:
     options = parser.parse_args()
     rows = measure(options)
     if options.out:
-        record = measured() | {"dtype": options.dtype, "heads": [HEADS, KV_HEADS], "dim": DIM}
+        told = {"dtype": options.dtype, "heads": [HEADS, KV_HEADS], "dim": DIM}
         if options.device != "cpu":
-            record["hardware"]["gpu"] = torch.cuda.get_device_name()
-        options.out.write_text(json.dumps(record | {"rows": rows}, indent=2) + "\n")
+            told["gpu"] = torch.cuda.get_device_name()
+        write(options.out, "attention over the ranks of one device", rows, **told)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
 
 Experts are the identity, and already weighted, on all sides. Every turn times each contender once, one after another; a turn's
 time is that of its slowest rank; figures are medians over turns, ratios are medians of the turns' ratios. Bytes are the rows
-that left all ranks. Memory is what a step adds at most to a process, the largest of the ranks; every contender has run once
-before it is measured.
+that left all ranks. Memory is what a step adds at most to a process, the largest of the ranks; every contender has run before
+it is measured, with W6 once for every rank that gets hot, with W7 through one burst. Ours get the memory that each of them used
+before, not one another's.
 
 The first workload is timed `--turns` times with everyone, the others `--other-turns` times with those that the claims are about.
 Megatron-Core and DeepSpeed take part where they can be imported (`moe_rivals.py`); DeepSpeed on the first workload and the
@@ -32,7 +33,7 @@ from torch import Tensor
 from benchmarks import record
 from benchmarks.moe_rivals import DEEPSPEED, MEGATRON, rivals
 from moe import build_dispatcher, traffic
-from moe.dispatch.pages import WAITING
+from moe.dispatch import pages
 from moe.workloads import WORKLOADS, routing
 
 OURS = ("dedup", "hierarchical", "alltoall", "allgather")
@@ -55,7 +56,7 @@ def peak_bytes(reset: bool) -> int:
     """Resident high-water mark of this process; `reset` makes it start from here, with no memory waiting to be used again."""
     if reset:
         gc.collect()
-        WAITING.clear()
+        pages.WAITING.clear()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -103,9 +104,10 @@ def run_workload(
     rank, world = group.rank(), group.size()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     peaks = dict.fromkeys(seconds, 0)
-    # the first workload is run once more before anything is measured
-    for turn in range(-1 if workload != options.workloads[0] else -2, turns):
-        ids = routing(workload, options.tokens, options.experts, options.topk, world, seed=1, step=max(turn, 0))
+    shelves = {name: pages.Shelf(pages.KEPT_BYTES) for name in steps}
+    before = 2 + {"W6": world, "W7": 4}.get(workload, 0)
+    for turn in range(-before, turns):
+        ids = routing(workload, options.tokens, options.experts, options.topk, world, seed=1, step=turn + before)
         draw = torch.Generator().manual_seed(rank)
         n = ids[rank].shape[0]
         hidden, d_out = (torch.randn(n, options.hidden, generator=draw) for _ in range(2))
@@ -114,15 +116,16 @@ def run_workload(
         # everyone comes first, and after everyone else, in turn: what ran before leaves caches and the heap in another state
         order = list(seconds)
         for name in order[turn % len(order) :] + order[: turn % len(order)]:
+            pages.WAITING = shelves[name]
             leaf, probs = hidden.clone().requires_grad_(), weights.clone().requires_grad_()
-            before = peak_bytes(reset=True) if turn == -1 else 0
+            resident = peak_bytes(reset=True) if turn == 1 - before else 0
             dist.barrier()
             start = time.perf_counter()
             out = steps[name](leaf, ids[rank], probs)
             out.backward(d_out)
             took = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
-            if turn == -1:
-                peaks[name] = peak_bytes(reset=False) - before
+            if turn == 1 - before:
+                peaks[name] = peak_bytes(reset=False) - resident
                 results[name] = (out.detach(), leaf.grad)
             dist.all_reduce(took, op=dist.ReduceOp.MAX)
             if turn >= 0:

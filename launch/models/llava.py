@@ -7,35 +7,28 @@ The pooling (bilinear, h = w = ceil(side / 2)) stays within a frame, so frames c
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from launch.models.base import NEWLINE, VISUAL, Prompt, TextSide, VisualPlan, check_run
-from launch.models.files import load_model, load_tokenizer, render_chat, video_settings
+from launch.models.base import NEWLINE, VISUAL, Prompt, VisualPlan, check_run
+from launch.models.files import render_chat
 from launch.models.pixels import Pixels
+from launch.models.video import VideoModel
 from token_reduction import VisualTokens
-
-if TYPE_CHECKING:
-    from moe.integrations.huggingface_loading import OwnExperts
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class LlavaAdapter(TextSide):
+class LlavaAdapter(VideoModel):
     """See launch.models.base.Adapter for the methods."""
 
-    channels: frozenset[str] = frozenset()
-    notes: tuple[str, ...] = ()
+    architecture = "LlavaOnevisionForConditionalGeneration"
 
     def __init__(self, model: Any, tokenizer: Any, settings: dict[str, Any], name: str) -> None:
-        super().__init__(
-            model.model.language_model, model.lm_head, tokenizer, model.generation_config.eos_token_id, position_axes=1
-        )
-        self.model, self.name = model, name
+        super().__init__(model, tokenizer, settings, name, position_axes=1)
         self.pixels = Pixels.of(settings, CLIP_MEAN, CLIP_STD)
         vision = model.config.vision_config
         self.image_size = vision.image_size
@@ -45,14 +38,6 @@ class LlavaAdapter(TextSide):
             raise ValueError(
                 f"{name}: the processor file resizes to {size}, the vision tower takes {vision.image_size}x{vision.image_size}"
             )
-
-    @classmethod
-    def load(cls, path: Path, dtype: torch.dtype, device: Any, own: OwnExperts | None = None) -> LlavaAdapter:
-        """From a local directory."""
-        from transformers import LlavaOnevisionForConditionalGeneration
-
-        model = load_model(LlavaOnevisionForConditionalGeneration, path, dtype, device, own)
-        return cls(model, load_tokenizer(path), video_settings(path), path.name)
 
     def visual_plan(self, frames: int, height: int, width: int) -> VisualPlan:
         """See Adapter. Frames are resized to a square, whatever their shape, as the family does."""

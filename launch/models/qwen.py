@@ -9,32 +9,23 @@ Sources: the models' `get_rope_index` and video processors in transformers 5.23.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from launch.models.base import VISUAL, Prompt, TextSide, VisualPlan, check_run
-from launch.models.files import load_model, load_tokenizer, render_chat, video_settings
+from launch.models.base import VISUAL, Prompt, VisualPlan, check_run
+from launch.models.files import render_chat
 from launch.models.pixels import Pixels, fit
+from launch.models.video import VideoModel
 from token_reduction import VisualTokens
 
-if TYPE_CHECKING:
-    from moe.integrations.huggingface_loading import OwnExperts
 
-
-class QwenAdapter(TextSide):
+class QwenAdapter(VideoModel):
     """What both families share. See launch.models.base.Adapter for the methods."""
 
-    channels: frozenset[str] = frozenset()
-    notes: tuple[str, ...] = ()
-
     def __init__(self, model: Any, tokenizer: Any, settings: dict[str, Any], name: str) -> None:
-        super().__init__(
-            model.model.language_model, model.lm_head, tokenizer, model.generation_config.eos_token_id, position_axes=3
-        )
-        self.model, self.name, self.settings = model, name, settings
+        super().__init__(model, tokenizer, settings, name, position_axes=3)
         vision = model.config.vision_config
         self.patch, self.merge = vision.patch_size, vision.spatial_merge_size
         self.frames_per_group = vision.temporal_patch_size
@@ -124,15 +115,8 @@ class QwenAdapter(TextSide):
 class Qwen25Adapter(QwenAdapter):
     """Qwen2.5-VL."""
 
+    architecture = "Qwen2_5_VLForConditionalGeneration"
     colours = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-
-    @classmethod
-    def load(cls, path: Path, dtype: torch.dtype, device: Any, own: OwnExperts | None = None) -> Qwen25Adapter:
-        """From a local directory."""
-        from transformers import Qwen2_5_VLForConditionalGeneration
-
-        model = load_model(Qwen2_5_VLForConditionalGeneration, path, dtype, device, own)
-        return cls(model, load_tokenizer(path), video_settings(path), path.name)
 
     def fitted(self, frames: int, height: int, width: int) -> tuple[int, int]:
         """Pixels of one frame lie between size.shortest_edge and size.longest_edge (older files: min_pixels, max_pixels)."""
@@ -156,19 +140,12 @@ class Qwen25Adapter(QwenAdapter):
 class Qwen3Adapter(QwenAdapter):
     """Qwen3-VL."""
 
+    architecture = "Qwen3VLForConditionalGeneration"
     colours = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
     def __init__(self, model: Any, tokenizer: Any, settings: dict[str, Any], name: str) -> None:
         super().__init__(model, tokenizer, settings, name)
         self.planes = len(model.config.vision_config.deepstack_visual_indexes)
-
-    @classmethod
-    def load(cls, path: Path, dtype: torch.dtype, device: Any, own: OwnExperts | None = None) -> Qwen3Adapter:
-        """From a local directory."""
-        from transformers import Qwen3VLForConditionalGeneration
-
-        model = load_model(Qwen3VLForConditionalGeneration, path, dtype, device, own)
-        return cls(model, load_tokenizer(path), video_settings(path), path.name)
 
     def fitted(self, frames: int, height: int, width: int) -> tuple[int, int]:
         """Pixels of the whole video lie between size.shortest_edge and size.longest_edge."""
@@ -213,13 +190,7 @@ class Qwen3Adapter(QwenAdapter):
 class Qwen3MoeAdapter(Qwen3Adapter):
     """Qwen3-VL with experts in its language model; everything else is Qwen3-VL's."""
 
-    @classmethod
-    def load(cls, path: Path, dtype: torch.dtype, device: Any, own: OwnExperts | None = None) -> Qwen3MoeAdapter:
-        """From a local directory."""
-        from transformers import Qwen3VLMoeForConditionalGeneration
-
-        model = load_model(Qwen3VLMoeForConditionalGeneration, path, dtype, device, own)
-        return cls(model, load_tokenizer(path), video_settings(path), path.name)
+    architecture = "Qwen3VLMoeForConditionalGeneration"
 
 
 def limits(settings: dict[str, Any], low: int, high: int) -> tuple[int, int]:

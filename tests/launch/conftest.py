@@ -4,6 +4,7 @@ import tempfile
 
 import pytest
 
+from tests.launch.command import ROOT
 from tests.launch.fake_engine import InProcess
 
 
@@ -17,3 +18,9 @@ def engine(monkeypatch, tmp_path_factory):
 
     use()
     return use
+
+
+@pytest.fixture
+def importable_by_ranks(monkeypatch):
+    """Processes that a test starts find the stand-ins."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -12,16 +12,7 @@ import torch
 from torch import nn
 
 from launch import experts, pipeline
-from launch.config import (
-    EngineConfig,
-    GenerateConfig,
-    ModelConfig,
-    MoEConfig,
-    OutputConfig,
-    ReduceConfig,
-    RunConfig,
-    VideoConfig,
-)
+from launch.config import RunConfig
 from launch.config_model import DISPATCHERS
 from launch.errors import ConfigError
 from launch.models import upcycled
@@ -35,6 +26,7 @@ from moe import Folding
 from moe.dispatch import DISPATCHERS as BUILT
 from tests.launch import tiny_models
 from tests.launch.drift import make_clip
+from tests.launch.runs import config_of
 from tests.pool import Pool
 
 LAYERS = 3
@@ -47,16 +39,10 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_clip(tmp_path_factory.mktemp("clip") / "drift.mp4", 3)
 
 
-def config_of(clip: Path, world: int = 4, model: str = "demo-moe", dtype: str = "float32", **moe: Any) -> RunConfig:
-    return RunConfig(
-        video=VideoConfig(paths=(str(clip),)),
-        model=ModelConfig(source=model, dtype=dtype),
-        reduce=ReduceConfig(spec="uniform:0.03"),
-        moe=MoEConfig(**moe),
-        generate=GenerateConfig(max_new_tokens=4, prompt="Why?"),
-        engine=EngineConfig(nproc=world, device="cpu"),
-        output=OutputConfig(verify=True),
-    )
+def experts_of(clip: Path, world: int = 4, model: str = "demo-moe", dtype: str = "float32", **moe: Any) -> RunConfig:
+    told = {f"moe__{name}": value for name, value in moe.items()}
+    told |= {"model__dtype": dtype, "reduce__spec": "uniform:0.03"}
+    return config_of(clip, model, world, generate__max_new_tokens=4, generate__prompt="Why?", **told)
 
 
 def watch(group: Any, configs: Sequence[RunConfig]) -> list[RankRecord]:
@@ -89,7 +75,7 @@ def merged(records: Sequence[RankRecord]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def dense(pool: Pool, clip: Path) -> list[int]:
     """What the dense demo writes on one rank."""
-    ((record,),) = pool.run(1, watch, [config_of(clip, 1, "demo")])
+    ((record,),) = pool.run(1, watch, [experts_of(clip, 1, "demo")])
     assert record.experts is None and record.verify["same_tokens"]
     return record.generated_ids
 
@@ -98,9 +84,9 @@ def dense(pool: Pool, clip: Path) -> list[int]:
 def test_every_folding_and_dispatcher_writes_what_the_dense_demo_writes(
     pool: Pool, clip: Path, dense: list[int], ep: int, etp: int
 ) -> None:
-    configs = [config_of(clip, ep=ep, etp=etp, dispatcher=name) for name in DISPATCHERS]
+    configs = [experts_of(clip, ep=ep, etp=etp, dispatcher=name) for name in DISPATCHERS]
     if ep == 4:
-        configs.append(config_of(clip, ep=4, dispatcher="hierarchical", ranks_per_node=2))
+        configs.append(experts_of(clip, ep=4, dispatcher="hierarchical", ranks_per_node=2))
     for config in configs:
         report = merged([record for (record,) in pool.run(4, watch, [config])])
         assert report["generated_ids"] == dense
@@ -128,7 +114,7 @@ def check_counts(report: dict[str, Any], ep: int, etp: int, dispatcher: str, nod
 
 
 def test_one_wrong_expert_on_one_rank_is_found(pool: Pool, clip: Path) -> None:
-    records = [record for (record,) in pool.run(4, watch_with_a_wrong_expert, config_of(clip, ep=4))]
+    records = [record for (record,) in pool.run(4, watch_with_a_wrong_expert, experts_of(clip, ep=4))]
     assert not records[0].verify["all_within_tolerance"]
     assert records[0].verify["max_logit_diff_all"] > 20 * TIGHT
 
@@ -144,7 +130,7 @@ def test_one_wrong_expert_on_one_rank_is_found(pool: Pool, clip: Path) -> None:
     ],
 )
 def test_any_number_of_experts_and_choices_equals_the_dense_demo(pool: Pool, clip: Path, dense, moe) -> None:
-    report = merged([record for (record,) in pool.run(4, watch, [config_of(clip, **moe)])])
+    report = merged([record for (record,) in pool.run(4, watch, [experts_of(clip, **moe)])])
     assert report["generated_ids"] == dense
     assert max(report["verify"]["max_logit_diff"], report["verify"]["max_logit_diff_all"]) <= TIGHT
     rows = sum(report["tokens_per_rank"])
@@ -152,7 +138,7 @@ def test_any_number_of_experts_and_choices_equals_the_dense_demo(pool: Pool, cli
 
 
 def test_bytes_of_dispatch_are_counted_to_the_byte(pool: Pool, clip: Path) -> None:
-    config = config_of(clip, experts=4, topk=4, dispatcher="dedup")  # every token to every rank
+    config = experts_of(clip, experts=4, topk=4, dispatcher="dedup")  # every token to every rank
     report = merged([record for (record,) in pool.run(4, watch, [config])])
     rows, later = report["tokens_per_rank"], len(report["generated_ids"]) - 1
     for a in range(4):
@@ -163,12 +149,12 @@ def test_bytes_of_dispatch_are_counted_to_the_byte(pool: Pool, clip: Path) -> No
 
 
 def test_sixteen_bit_experts_are_verified_against_their_own_noise(pool: Pool, clip: Path) -> None:
-    records = [record for (record,) in pool.run(4, watch, [config_of(clip, dtype="bfloat16", topk=1)])]
+    records = [record for (record,) in pool.run(4, watch, [experts_of(clip, dtype="bfloat16", topk=1)])]
     assert records[0].verify["written_within_tolerance"] and records[0].verify["all_within_tolerance"]
 
 
 def test_three_ranks_hold_two_experts_each(pool: Pool, clip: Path) -> None:
-    report = merged([record for (record,) in pool.run(3, watch, [config_of(clip, 3, experts=6)])])
+    report = merged([record for (record,) in pool.run(3, watch, [experts_of(clip, 3, experts=6)])])
     assert report["experts"]["ep"] == 3 and report["verify"]["all_within_tolerance"]
 
 
@@ -220,7 +206,7 @@ def test_the_dense_networks_are_not_kept_where_nobody_needs_them() -> None:
 
 
 def test_the_page_shows_experts_beside_everything_else(pool: Pool, clip: Path) -> None:
-    records = [record for (record,) in pool.run(4, watch, [config_of(clip, ep=2, dispatcher="dedup")])]
+    records = [record for (record,) in pool.run(4, watch, [experts_of(clip, ep=2, dispatcher="dedup")])]
     page = as_text(merged(records))
     assert "8 experts, 2 for each token, EP 2 x ETP 1 x EDP 2, dispatcher dedup" in page
     assert "the busiest rank has" in page and "sent for all else" in page
@@ -253,13 +239,13 @@ def test_the_command_and_the_library_know_the_same_dispatchers() -> None:
 )
 def test_a_folding_that_breaks_a_rule_is_refused_before_a_rank_starts(moe: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        experts.check_experts(config_of(Path("none"), **moe), {"intermediate_size": 1536})
+        experts.check_experts(experts_of(Path("none"), **moe), {"intermediate_size": 1536})
     assert "\n" not in str(caught.value)
 
 
 def test_ep_left_out_is_all_that_experts_and_ranks_allow() -> None:
     def ep(world: int, **moe: Any) -> int:
-        config = config_of(Path("none"), world, **moe)
+        config = experts_of(Path("none"), world, **moe)
         return experts.folding_of(config, experts.sizes_of(config, {"intermediate_size": 1536})).ep
 
     assert (ep(4), ep(3), ep(6), ep(16), ep(8, etp=4), ep(6, experts=12)) == (4, 1, 2, 8, 2, 6)

@@ -11,16 +11,7 @@ import torch
 from torch import nn
 
 from launch import encoder, pipeline
-from launch.config import (
-    EngineConfig,
-    GenerateConfig,
-    ModelConfig,
-    MoEConfig,
-    OutputConfig,
-    ReduceConfig,
-    RunConfig,
-    VideoConfig,
-)
+from launch.config import RunConfig
 from launch.errors import ConfigError
 from launch.models import check, mixture
 from launch.models.expert_block import ExpertBlock
@@ -30,6 +21,7 @@ from launch.records import RankRecord, merge
 from moe.integrations.huggingface import expert_modules
 from tests.launch import tiny_models
 from tests.launch.drift import make_clip
+from tests.launch.runs import config_of
 from tests.pool import Pool
 
 TIGHT = 5e-5
@@ -46,16 +38,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: str(maker(tmp_path_factory.mktemp(name))) for name, maker in tiny_models.MIXTURES.items()}
 
 
-def config_of(clip: Path, model: str, world: int, **moe: Any) -> RunConfig:
-    return RunConfig(
-        video=VideoConfig(paths=(str(clip),)),
-        model=ModelConfig(source=model),
-        reduce=ReduceConfig(spec="uniform:0.1"),
-        moe=MoEConfig(**moe),
-        generate=GenerateConfig(max_new_tokens=4, prompt="Why?"),
-        engine=EngineConfig(nproc=world, device="cpu"),
-        output=OutputConfig(verify=True),
-    )
+def experts_of(clip: Path, model: str, world: int, **moe: Any) -> RunConfig:
+    told = {f"moe__{name}": value for name, value in moe.items()} | {"reduce__spec": "uniform:0.1"}
+    return config_of(clip, model, world, generate__max_new_tokens=4, generate__prompt="Why?", **told)
 
 
 def watch(group: Any, config: RunConfig, spoil: int | None = None) -> RankRecord:
@@ -100,7 +85,7 @@ RUNS = [
 def test_a_mixture_writes_what_it_writes_on_one_rank(
     pool: Pool, clip: Path, models: dict[str, str], name: str, world: int, sizes, layers: int, moe, mapping
 ) -> None:
-    records = pool.run(world, watch, config_of(clip, models[name], world, **moe))
+    records = pool.run(world, watch, experts_of(clip, models[name], world, **moe))
     report = merge(records, engine="torchrun", config={})
     checked, found, rows = report["verify"], report["experts"], sum(report["tokens_per_rank"])
     assert checked["same_tokens"] and checked["written_within_tolerance"] and checked["all_within_tolerance"]
@@ -111,7 +96,7 @@ def test_a_mixture_writes_what_it_writes_on_one_rank(
 
 
 def test_one_wrong_expert_on_one_rank_is_found(pool: Pool, clip: Path, models: dict[str, str]) -> None:
-    config = config_of(clip, models["mixtral"], 2)
+    config = experts_of(clip, models["mixtral"], 2)
     records = pool.run(2, watch, config, 1)
     assert not records[0].verify["all_within_tolerance"]
 
@@ -147,7 +132,7 @@ def test_settings_a_mixture_cannot_use_are_refused_before_a_rank_starts(
     clip: Path, models: dict[str, str], name: str, moe: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        preflight(config_of(clip, models[name], 8, **moe))
+        preflight(experts_of(clip, models[name], 8, **moe))
     assert "\n" not in str(caught.value)
 
 
@@ -155,4 +140,4 @@ def test_experts_are_refused_where_a_directory_has_none(clip: Path, tmp_path: Pa
     folder = tiny_models.qwen3(tmp_path / "dense")
     assert check(folder) == "qwen3_vl"
     with pytest.raises(ConfigError, match=r"moe\.ep is 2, but model .* has no experts"):
-        preflight(config_of(clip, str(folder), 2, ep=2))
+        preflight(experts_of(clip, str(folder), 2, ep=2))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch.distributed as dist
 
 from tokenring.transport.base import SingleRank, Transport
-from tokenring.transport.events import Trace, Traffic
+from tokenring.transport.events import Trace, Traffic, listening
 from tokenring.transport.messages import DEFAULT_TIMEOUT_SECONDS
 
 _runtimes: weakref.WeakKeyDictionary[Any, Transport] = weakref.WeakKeyDictionary()
@@ -53,8 +52,7 @@ def _distributed(group: dist.ProcessGroup, timeout_seconds: float) -> Transport:
     return DistributedTransport(group, timeout_seconds) if group.size() > 1 else SingleRank()
 
 
-@contextmanager
-def count_traffic(group: Any) -> Iterator[Traffic]:
+def count_traffic(group: Any) -> AbstractContextManager[Traffic]:
     """Count the payload bytes that leave this rank inside the block.
 
     >>> with count_traffic(None) as traffic:
@@ -62,16 +60,10 @@ def count_traffic(group: Any) -> Iterator[Traffic]:
     >>> traffic.sent
     {}
     """
-    runtime, traffic = connect(group), Traffic()
-    runtime._ledger.traffic.append(traffic)
-    try:
-        yield traffic
-    finally:
-        runtime._ledger.traffic.remove(traffic)
+    return listening(connect(group)._ledger.traffic, Traffic())
 
 
-@contextmanager
-def trace(group: Any) -> Iterator[Trace]:
+def trace(group: Any) -> AbstractContextManager[Trace]:
     """Collect what this rank does inside the block: compute, send, wait and merge events with times.
 
     For one rank alone, make the transport once and give it here and to `attention`: `alone = connect(None)`.
@@ -80,9 +72,4 @@ def trace(group: Any) -> Iterator[Trace]:
         raise ValueError(
             "trace got no group; for one rank alone give `alone = connect(None)` here and as group= of the calls"
         )
-    runtime, record = connect(group), Trace()
-    runtime._ledger.traces.append(record)
-    try:
-        yield record
-    finally:
-        runtime._ledger.traces.remove(record)
+    return listening(connect(group)._ledger.traces, Trace())

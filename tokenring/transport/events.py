@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -73,3 +77,13 @@ class Ledger:
         """Add an event to every open trace."""
         for trace in self.traces:
             trace.events.append(event)
+
+
+@contextmanager
+def listening(listeners: list[T], one: T) -> Iterator[T]:
+    """`one` is among the listeners inside the block."""
+    listeners.append(one)
+    try:
+        yield one
+    finally:
+        listeners.remove(one)
