@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -35,6 +36,29 @@ def kept(path: Path, what: str) -> list[dict]:
         return []
     before = json.loads(path.read_text())
     return before["rows"] if (before["what"], before["commit"]) == (what, _commit()) else []
+
+
+class Table:
+    """Rows of one question, written as they come; what the file holds of them, of the same commit, is not measured again."""
+
+    def __init__(self, path: Path | None, what: str) -> None:
+        """path: None to keep the rows in memory."""
+        self.path, self.what = path, what
+        self.rows: list[dict] = kept(path, what) if path else []
+
+    def row(self, place: dict, measure: Callable[[], dict]) -> dict:
+        """The row that says all of `place`; what `measure` adds to it where there is none."""
+        for row in self.rows:
+            if place.items() <= row.items():
+                return row
+        self.rows.append(place | measure())
+        self.write()
+        return self.rows[-1]
+
+    def write(self, **more: object) -> None:
+        """The file, with what follows from all rows."""
+        if self.path:
+            write(self.path, self.what, self.rows, **more)
 
 
 def _commit() -> str:

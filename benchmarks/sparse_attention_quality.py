@@ -7,13 +7,13 @@
     python benchmarks/sparse_attention_quality.py sweep      every method and baseline at equal loss, 4,096 tokens: density and CPU time
 
 Loss is nats a token above the same model with dense attention on the same text. Each figure is one run: the numbers do not
-depend on the machine, but for rounding. `--results DIR` writes JSON.
+depend on the machine, but for rounding. `--results DIR` writes JSON after every figure; a run that was broken off goes on from
+there at the same commit.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.language_model import TEXTS, Model, dense_attention, with_attention, with_recording
-from benchmarks.record import measured
+from benchmarks.record import Table
 from benchmarks.sparse_needle import needle
 from benchmarks.sparse_sweep import sweep
 from sparse_attn import AnchorConfig, TunedConfig, Tuner
@@ -40,13 +40,13 @@ def mean(values: Iterable[float]) -> float:
     return sum(values) / len(values)
 
 
-def of_config(model: Model, config: AnchorConfig | TunedConfig, text: str, length: int, **named: Any) -> Row:
+def of_config(model: Model, config: AnchorConfig | TunedConfig, text: str, length: int, place: Row) -> Row:
     """Density and costs of one configuration on one text."""
     ids, dense = model.ids(text, length), model.dense(text, length)
     with sparse_prefill(model.model, config) as calls:
         hidden = model.hidden(ids)
     densities = [stats.density for _, stats in sorted(calls.items())]
-    named = {"text": text, "length": length, "density": mean(densities), "densities": densities} | named
+    named = place | {"text": text, "length": length, "density": mean(densities), "densities": densities}
     return shown(named | model.compared(hidden, dense, ids))
 
 
@@ -54,20 +54,20 @@ def anchor(name: str, theta: float, args: argparse.Namespace) -> AnchorConfig:
     return AnchorConfig(identify=name, theta=theta, dense="never", block=args.block, step=args.step)
 
 
-def equal(model: Model, args: argparse.Namespace) -> Row:
+def equal(model: Model, args: argparse.Namespace, table: Table) -> Row:
     """`rescore` at two thetas around the density of `pooled` at one, and the loss of `rescore` at that density."""
-    rows, found = [], []
+    found = []
     for length in args.lengths:
-        here = [
-            of_config(model, anchor(name, theta, args), args.text, length, method=name, setting={"theta": theta})
-            for name, thetas in EQUAL.items()
-            for theta in thetas
-        ]
+        here = []
+        for name, thetas in EQUAL.items():
+            for theta in thetas:
+                place, config = {"method": name, "setting": {"theta": theta}}, anchor(name, theta, args)
+                where = {"text": args.text, "length": length}
+                here.append(table.row(place | where, lambda: of_config(model, config, **where, place=place)))  # noqa: B023
         ours = [row for row in here if row["method"] == "rescore"]
         found += [at_equal_density(ours, row) for row in here if row["method"] == "pooled"]
-        rows += here
         print(found[-1], flush=True)
-    return {"rows": rows, "at equal density": found}
+    return {"at equal density": found}
 
 
 def at_equal_density(ours: list[Row], theirs: Row) -> Row:
@@ -92,7 +92,7 @@ def at_equal_density(ours: list[Row], theirs: Row) -> Row:
     return named | told | {"rescore/pooled": told["rescore"] / theirs["nll"]}
 
 
-def tuned(model: Model, args: argparse.Namespace) -> Row:
+def tuned(model: Model, args: argparse.Namespace, table: Table) -> Row:
     """Thetas by layer and head, found on one text of 4,096 tokens, tried on another of 8,192; one theta for all beside them."""
     tuner = Tuner(AnchorConfig(dense="never", block=args.block, step=args.step), groups=4)
 
@@ -100,30 +100,37 @@ def tuned(model: Model, args: argparse.Namespace) -> Row:
         tuner.watch(layer, q, k, scale)
         return dense_attention(q, k, v, scale)
 
-    with with_attention(model.model, attend):
-        model.hidden(model.ids("sources", args.tune_length))
-    rows = []
-    for density in args.densities:
-        found = tuner.tune(target=density, metric="density")
+    def found(density: float) -> Row:
+        if not tuner.seen:
+            with with_attention(model.model, attend):
+                model.hidden(model.ids("sources", args.tune_length))
+        config = tuner.tune(target=density, metric="density")
         if args.save:
-            found.save(args.save)
-        named = {"method": "tuned", "setting": {"density asked": density}}
-        rows.append(of_config(model, found, "reference", args.tried_length, **named))
-        rows[-1]["thetas"] = {number: config.theta for number, config in found.layers.items()}
+            config.save(args.save)
+        thetas = {str(number): layer.theta for number, layer in config.layers.items()}
+        return tried(config, {"method": "tuned", "setting": {"density asked": density}}) | {"thetas": thetas}
+
+    def tried(config: AnchorConfig | TunedConfig, place: Row) -> Row:
+        return of_config(model, config, "reference", args.tried_length, place)
+
+    for density in args.densities:
+        table.row({"method": "tuned", "setting": {"density asked": density}}, lambda: found(density))  # noqa: B023
     for theta in args.thetas:
-        named = {"method": "one theta", "setting": {"theta": theta}}
-        rows.append(of_config(model, anchor("rescore", theta, args), "reference", args.tried_length, **named))
-    return {"tuned on": {"text": "sources", "length": args.tune_length}, "rows": rows}
+        place = {"method": "one theta", "setting": {"theta": theta}}
+        table.row(place, lambda: tried(anchor("rescore", theta, args), place))  # noqa: B023
+    return {"tuned on": {"text": "sources", "length": args.tune_length}}
 
 
-def needles(model: Model, args: argparse.Namespace) -> Row:
+def needles(model: Model, args: argparse.Namespace, table: Table) -> Row:
     """A sentence at 10 depths, and what dense and sparse prefill make of a question about it."""
     configs: dict[str, AnchorConfig | TunedConfig] = {
         f"theta {t:g}": anchor("rescore", t, args) for t in args.needle_thetas
     }
     if args.load:
         configs["tuned"] = TunedConfig.load(args.load)
-    return {"lengths": [needle(model, length, configs) for length in args.needle_length]}
+    for length in args.needle_length:
+        table.row({"length": length}, lambda: needle(model, length, configs))  # noqa: B023
+    return {}
 
 
 def shown(row: Row) -> Row:
@@ -135,6 +142,17 @@ def shown(row: Row) -> Row:
 
 
 STEPS = {"equal": equal, "tuned": tuned, "needle": needles, "sweep": sweep}
+
+
+def asked(name: str, args: argparse.Namespace) -> str:
+    """The question of a step in words: rows of a file that answers another one are not taken up."""
+    said = {
+        "equal": "rescore beside pooled at equal density",
+        "tuned": f"thetas by layer and head from {args.tune_length} tokens of sources, tried on {args.tried_length} of reference",
+        "needle": f"a sentence hidden at ten depths; thetas {args.needle_thetas}",
+        "sweep": f"every method at its settings, {args.length} tokens of {args.text}",
+    }
+    return f"SmolLM2-135M, {said[name]}; block {args.block}, step {args.step}"
 
 
 def main() -> None:
@@ -150,7 +168,6 @@ def main() -> None:
     parser.add_argument("--save", help="tuned: write the last thetas here")
     parser.add_argument("--text", choices=TEXTS, default="reference")
     parser.add_argument("--methods", nargs="*", help="of the sweep; all where not given")
-    parser.add_argument("--part", help="of the sweep: a file of rows that are there already, and are added to")
     parser.add_argument("--block", type=lambda s: s if s == "auto" else int(s), default="auto")
     parser.add_argument("--step", type=lambda s: s if s == "auto" else int(s), default="auto")
     parser.add_argument("--needle-thetas", type=float, nargs="*", default=[6.0])
@@ -160,11 +177,10 @@ def main() -> None:
     results = args.results or (Path(__file__).parent / "results" if args.what == "all" else None)
     model = Model()
     for name in STEPS if args.what == "all" else (args.what,):
-        told = measured() | {"model": "SmolLM2-135M", "threads": torch.get_num_threads()}
+        table = Table(results and results / f"sparse_quality_{name}.json", asked(name, args))
         with torch.inference_mode():
-            told |= STEPS[name](model, args)
-        if results:
-            (results / f"sparse_quality_{name}.json").write_text(json.dumps(told, indent=1) + "\n")
+            told = STEPS[name](model, args, table)
+        table.write(threads=torch.get_num_threads(), **told)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,15 @@ whose settings do not enclose that loss has no figure there.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from benchmarks.language_model import Model, dense_attention, with_attention
+from benchmarks.record import Table
 from sparse_attn import AnchorConfig, anchor_attention, baselines, execute
 
 Row = dict[str, Any]
@@ -39,21 +38,21 @@ LEAST = 1e-4
 """Losses below this are read as this: what is left is rounding."""
 
 
-def one(model: Model, text: str, length: int, name: str, setting: Setting) -> Row:
+def one(model: Model, text: str, length: int, method: str, setting: Setting) -> Row:
     """Loss, density and CPU seconds of attention of one method at one setting; "dense" for the model's own."""
     densities: list[float] = []
     spent = [0.0]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         start = time.process_time()
-        if name == "dense":
+        if method == "dense":
             out, density = dense_attention(q, k, v, scale), 1.0
-        elif name in ANCHOR:
-            config = AnchorConfig(identify=name, dense="never", **setting)
+        elif method in ANCHOR:
+            config = AnchorConfig(identify=method, dense="never", **setting)
             out, stats = anchor_attention(q, k, v, config=config, scale=scale, return_stats=True)
             density = stats.density
         else:
-            plan = getattr(baselines, name)(q, k, **setting)
+            plan = getattr(baselines, method)(q, k, **setting)
             out, density = execute(plan, q, k, v, scale=scale), plan.density
         spent[0] += time.process_time() - start
         densities.append(density)
@@ -62,10 +61,10 @@ def one(model: Model, text: str, length: int, name: str, setting: Setting) -> Ro
     ids = model.ids(text, length)
     with with_attention(model.model, attend):
         hidden = model.hidden(ids)
-    row = {"method": name, "setting": setting, "density": sum(densities) / len(densities), "cpu seconds": spent[0]}
+    row = {"density": sum(densities) / len(densities), "cpu seconds": spent[0]}
     row |= model.compared(hidden, model.dense(text, length), ids)
     costs = f"loss {row['nll']:+.4f}  KL {row['kl']:.4f}  top-1 {row['top1']:.4f}  {row['cpu seconds']:.1f} s"
-    print(f"{name:>16} {setting!s:>36} density {row['density']:.3f}  {costs}", flush=True)
+    print(f"{method:>16} {setting!s:>36} density {row['density']:.3f}  {costs}", flush=True)
     return row
 
 
@@ -97,18 +96,11 @@ def at_equal_loss(rows: list[Row]) -> list[Row]:
     return found
 
 
-def sweep(model: Model, args: argparse.Namespace) -> Row:
-    """All methods, or those that are named, one setting after the other; what a broken run had is taken up again."""
-    rows: list[Row] = []
-    part = args.part and Path(args.part)
-    if part and part.is_file():
-        rows = json.loads(part.read_text())
+def sweep(model: Model, args: argparse.Namespace, table: Table) -> Row:
+    """All methods, or those that are named, one setting after the other."""
     wanted = {"dense": [{}]} | ANCHOR | BASELINES
     for name in args.methods or wanted:
         for setting in wanted[name]:
-            if any((row["method"], row["setting"]) == (name, setting) for row in rows):
-                continue
-            rows.append(one(model, args.text, args.length, name, setting))
-            if part:
-                part.write_text(json.dumps(rows))
-    return {"text": args.text, "length": args.length, "rows": rows, "at equal loss": at_equal_loss(rows)}
+            place = {"method": name, "setting": setting}
+            table.row(place, lambda: one(model, args.text, args.length, **place))  # noqa: B023
+    return {"at equal loss": at_equal_loss(table.rows)}

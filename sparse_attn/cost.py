@@ -13,6 +13,7 @@ from functools import lru_cache
 
 from sparse_attn.config import AnchorConfig
 from sparse_attn.geometry import Geometry, Group
+from sparse_attn.identify.products import EARLY
 from tokenring.segments import Range
 
 HEAD_DIM = 64
@@ -59,16 +60,17 @@ def sparse_cost(
     work = ANCHOR_PAIR * geometry.anchor_pairs + kept * geometry.candidate_pairs
     each = 3 * CALL if config.identify == "rescore" else CALL
     calls = (WHOLE_CALL + groups * GROUP) / max(1, heads) + groups * lists * each
-    return work + gathered + test_cost(geometry, config, passed) + calls * HEAD_DIM / dim
+    return work + gathered + test_cost(geometry, config, kept, passed) + calls * HEAD_DIM / dim
 
 
-def test_cost(geometry: Geometry, config: AnchorConfig, passed: float) -> float:
-    """Pairs of one head that identification costs."""
+def test_cost(geometry: Geometry, config: AnchorConfig, kept: float, passed: float) -> float:
+    """Pairs of one head that identification costs. What is kept is mostly found by the rows that ask first."""
     pairs = geometry.candidate_pairs
+    left = max(0.0, passed - kept) * (EARLY - 1) / EARLY
     shares = {
         "pooled": 2 / geometry.block,
         "lse": 2 / geometry.block,
-        "rescore": 4 / config.box + passed,
+        "rescore": 4 / config.box + passed / EARLY + left,
         "every": 1.0,
     }
     return PRODUCT * shares[config.identify] * pairs

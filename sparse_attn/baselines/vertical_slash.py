@@ -50,17 +50,10 @@ def last_rows(queries: Tensor, keys: Tensor, last: int) -> tuple[Tensor, Tensor]
 
 def lines(columns: Tensor, distances: Tensor, length: int, block: int) -> list[Tensor]:
     """For each block of queries the ascending keys before it on some columns and some diagonals."""
-    found = []
-    for start in range(0, length, block):
-        wanted = torch.zeros(start, dtype=torch.bool, device=columns.device)
-        wanted[columns[columns < start]] = True
-        # The diagonal at distance d crosses keys start - d .. start - d + block - 1: marked by its ends, filled by a sum.
-        first, stop = start - distances, (start - distances + block).clamp(max=start)
-        seen = (stop > 0) & (first < start)
-        edges = torch.zeros(start + 1, dtype=torch.int64, device=columns.device)
-        ones = torch.ones(int(seen.sum()), dtype=torch.int64, device=columns.device)
-        edges.index_add_(0, first[seen].clamp(min=0), ones)
-        edges.index_add_(0, stop[seen], -ones)
-        wanted |= edges.cumsum(0)[:start] > 0
-        found.append(wanted.nonzero()[:, 0])
-    return found
+    wanted, marks = (torch.zeros(n, dtype=torch.int64, device=columns.device) for n in (length, length + block + 1))
+    wanted[columns], marks[distances + 1] = 1, 1
+    # The diagonal at distance d crosses the keys d - block + 1 to d before a block, whichever block it is.
+    below = marks.cumsum(0)
+    crossed = (below[block + 1 :] > below[1 : length + 1]).flip(0)
+    wanted = wanted > 0
+    return [(wanted[:start] | crossed[length - start :]).nonzero()[:, 0] for start in range(0, length, block)]

@@ -156,7 +156,7 @@ class Call:
 
         if self.config.identify in ("pooled", "lse"):
             return one_stage(self.cut, wire, lines, k, v, stop)
-        return two_stages(self.cut, wire, lines, Rows(q, lse, self.config, self.scale), k, v, near, stop)
+        return two_stages(self.cut, wire, lines, Rows.testing(q, lse, self.config, self.scale), k, v, near, stop)
 
     @property
     def kept_rows(self) -> Tensor:

@@ -21,7 +21,7 @@ from sparse_attn.distributed.exchange import Counts, Flight, Wire, mirrored
 from sparse_attn.distributed.lists import BITS, Wanted
 from sparse_attn.distributed.local import stacks
 from sparse_attn.distributed.owner import joined
-from sparse_attn.identify.products import column_maximum, test_dtype, with_anchor, with_ones
+from sparse_attn.identify.products import least_scores, reached_early, test_dtype, with_least, with_ones
 from tokenring.plans.step import AHEAD_LANE
 
 Stop = Callable[[list[Tensor], list[Tensor]], bool]
@@ -53,17 +53,23 @@ class Settled:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Queries (B, rows, Hq, D) and lse (B, Hq, rows) of their anchor regions, which test keys exactly."""
+    """Queries (B, rows, Hq, D) and the least scores (B, Hq, rows) that they keep, which test keys exactly in a dtype."""
 
     q: Tensor
-    lse: Tensor
-    config: AnchorConfig
+    least: Tensor
     scale: float
+    dtype: torch.dtype
 
-    def of(self, part: Part, entry: int, head: int, dtype: torch.dtype) -> Tensor:
-        """(1, rows, D + 1 or D + 2): the rows of a part, with their anchors."""
+    @classmethod
+    def testing(cls, q: Tensor, lse: Tensor, config: AnchorConfig, scale: float) -> Rows:
+        """As a configuration says; lse of the rows' anchor regions."""
+        dtype = test_dtype(q, config.scores)
+        return cls(q, least_scores(lse, config.thetas(q.shape[2]), dtype), scale, dtype)
+
+    def of(self, part: Part, entry: int, head: int) -> Tensor:
+        """(rows, D + 1 or D + 2): the rows of a part, with what they keep."""
         rows, only = slice(*part.rows), slice(head, head + 1)
-        return with_anchor(self.q[entry, rows, only], self.lse[entry, only, rows], self.scale, dtype)
+        return with_least(self.q[entry, rows, only], self.least[entry, only, rows], self.scale, self.dtype)[0]
 
 
 def one_stage(cut: Cut, wire: Wire, lines: list[Tensor], k: Tensor, v: Tensor, stop: Stop) -> Settled | None:
@@ -138,16 +144,15 @@ def tested(cut: Cut, rank: int, passed: Wanted, which: Tensor, keys: Tensor, row
     which: bool, near lines or far ones. keys: (B, rows, Hkv, D), where they lie.
     """
     lines, shape = passed.some(which), (rows.q.shape[0], rows.q.shape[2], keys.shape[2])
-    each, theta = shape[1] // shape[2], rows.lse.new_tensor(rows.config.thetas(shape[1]))
-    dtype = test_dtype(rows.q, rows.config.scores)
-    ones, words = with_ones(keys, dtype), torch.zeros_like(lines.words)
+    each = shape[1] // shape[2]
+    ones, words = with_ones(keys, rows.dtype), torch.zeros_like(lines.words)
     places = {number: place for place, number in enumerate(cut.groups[rank])}
     for number, entry, head, found in stacks(cut, rank, lines, shape):
         word, shift = divmod(places[number] * each + head % each, BITS)
         here = ones[entry, head // each].index_select(0, lines.columns[found])
         for part in cut.parts[rank]:
             if part.group == number:
-                kept = column_maximum(rows.of(part, entry, head, dtype), here)[0] >= -theta[head]
+                kept = reached_early(rows.of(part, entry, head), here)
                 words[found, word] |= kept.to(torch.int32) << shift
     return words
 

@@ -24,7 +24,7 @@ from sparse_attn.config import AnchorConfig
 from sparse_attn.distributed.cut import Cut, Part
 from sparse_attn.geometry import Group
 from sparse_attn.identify.ahead import groups_at_once, reaching
-from sparse_attn.identify.products import column_maximum, test_dtype, with_anchor, with_ones
+from sparse_attn.identify.products import least_scores, reached, test_dtype, with_least, with_ones
 from sparse_attn.identify.rows import LONG, box_edges, rows_alone
 from tokenring.merge import accumulator_dtype
 from tokenring.segments import Range
@@ -68,7 +68,7 @@ class Means:
 
     def __init__(self, cut: Cut, config: AnchorConfig, scale: float, q: Tensor, k: Tensor, anchor: Tensor) -> None:
         self.cut, self.scale, self.q, self.k, self.anchor = cut, scale, q, k, anchor
-        self.theta = anchor.new_tensor(config.thetas(q.shape[2]))[:, None]
+        self.theta = anchor.new_tensor(config.thetas(q.shape[2]))[:, None, None]
         self.dtype, self.wide = q.dtype, anchor.dtype
         self.shape, self.dim = (q.shape[0], q.shape[2]), q.shape[3]
 
@@ -102,7 +102,7 @@ class Means:
             counts = [_count(rows[number]) for number in numbers]
             means, anchors = (torch.stack(x, 2) for x in zip(*(self._put_together(n, told[n]) for n in numbers)))
             keys = (picked(k, rows[numbers[-1]]) for k in self.k)
-            found = [reaching(m.to(k.dtype), a, k, counts, -self.theta) for m, a, k in zip(means, anchors, keys)]
+            found = [reaching(m.to(k.dtype), a - self.theta, k, counts) for m, a, k in zip(means, anchors, keys)]
             for place, (number, count) in enumerate(zip(numbers, counts)):
                 yield number, torch.stack([entry[:, place, :count] for entry in found])
 
@@ -139,15 +139,15 @@ class Means:
 
 
 class Boxes:
-    """`rescore`: smallest and largest entries of [scale * q, -lse] in each box, and how long the near keys are."""
+    """`rescore`: smallest and largest entries of [scale * q, theta - lse] in each box, and how long the near keys are."""
 
     def __init__(
         self, cut: Cut, config: AnchorConfig, scale: float, q: Tensor, k: Tensor, lse: Tensor, near: Tensor
     ) -> None:
         """near: (B, Hkv, groups) mean squared length of the keys in each group's initial block and window, where known."""
-        self.cut, self.config, self.scale, self.q, self.lse, self.near = cut, config, scale, q, lse, near
+        self.cut, self.config, self.scale, self.q, self.near = cut, config, scale, q, near
         self.dtype = test_dtype(q, config.scores)
-        self.theta = lse.new_tensor(config.thetas(q.shape[2]))[:, None]
+        self.least = least_scores(lse, config.thetas(q.shape[2]), self.dtype)
         keys = with_ones(k, self.dtype)
         self.bounding = torch.cat([keys, keys.abs()], -1)
         self.lengths = k.to(lse.dtype).square().sum(-1).transpose(1, 2)
@@ -160,7 +160,7 @@ class Boxes:
         return self._near_size() + batch * heads * (2 * boxed + alone) * self.dim
 
     def _near_size(self) -> int:
-        return self.shape[0] * self.key_heads * self.lse.dtype.itemsize // self.dtype.itemsize
+        return self.shape[0] * self.key_heads * self.least.dtype.itemsize // self.dtype.itemsize
 
     def _boxes(self, part: Part) -> tuple[int, int, int]:
         """The first of the boxes that a part holds rows of, how many of several rows, and how many of one of the last rows."""
@@ -178,7 +178,7 @@ class Boxes:
     def of_part(self, part: Part) -> Tensor:
         here = slice(*part.rows)
         rows = torch.stack(
-            [with_anchor(q[here], lse[:, here], self.scale, self.dtype) for q, lse in zip(self.q, self.lse)]
+            [with_least(q[here], least[:, here], self.scale, self.dtype) for q, least in zip(self.q, self.least)]
         )
         alone = rows.shape[2] - self._boxes(part)[2]
         ends = self._ends(rows[:, :, :alone], part).flatten()
@@ -206,7 +206,7 @@ class Boxes:
         high = torch.full_like(low, -torch.inf)
         for part, numbers in flats:
             first, boxed, alone = self._boxes(part)
-            near = unflat(numbers[: self._near_size()], self.lse.dtype, (self.shape[0], self.key_heads))
+            near = unflat(numbers[: self._near_size()], self.least.dtype, (self.shape[0], self.key_heads))
             told, cut = numbers[self._near_size() :].to(wide), math.prod(self.shape) * 2 * boxed * self.dim
             ends, single = told[:cut], told[cut:]
             ends, here = ends.view(*self.shape, boxed, 2, self.dim), slice(first, first + boxed)
@@ -223,8 +223,7 @@ class Boxes:
         each = self.shape[1] // self.key_heads
         keys = picked(self.bounding[entry], rows, 1)
         heads = stacks.unflatten(0, (self.key_heads, each))
-        bounds = torch.cat([column_maximum(b, x) for b, x in zip(heads, keys)])
-        passed = (bounds >= -self.theta).unflatten(0, (self.key_heads, each))
+        passed = torch.stack([reached(boxes, x) for boxes, x in zip(heads, keys)])
         long = picked(self.lengths[entry], rows, 1) > LONG * near[:, None]
         return passed.logical_or_(long.unsqueeze(1)).flatten(0, 1)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn.geometry import Geometry, Group
+from sparse_attn.identify.products import none_minus
 
 ROWS_AT_ONCE = 256
 """Rows of one key head that share a pass."""
@@ -56,27 +57,25 @@ def groups_at_once(rows: int, heads: int, keys: int) -> int:
     return min(ROWS_AT_ONCE // max(1, rows), RESULTS_AT_ONCE // max(1, heads * keys))
 
 
-def group_maxima(rows: Tensor, anchors: Tensor | None, keys: Tensor, counts: Sequence[int]) -> Tensor:
+def group_maxima(rows: Tensor, anchors: Tensor, keys: Tensor, counts: Sequence[int]) -> Tensor:
     """(Hq, G, C): max over a group's rows of score - anchor, for the first keys of each group.
 
     Args:
         rows: (Hq, G, U, D), in the dtype of `keys` (C, Hkv, D).
-        anchors: (Hq, G, U), whose dtype the result has; None for the scores themselves.
+        anchors: (Hq, G, U), whose dtype the result has.
         counts: ascending; how many keys each group asks about. What lies beyond holds anything.
     """
-    found = (rows if anchors is None else anchors).new_empty(*_by_key_head(rows, keys)[:3], keys.shape[0])
-    for here, best in _maxima(rows, anchors, keys, counts):
-        found[here] = best
+    found = anchors.new_empty(*_by_key_head(rows, keys)[:3], keys.shape[0])
+    for here, scores in _scores(rows, anchors, keys, counts):
+        found[here] = scores.amax(3)
     return found.flatten(0, 1)
 
 
-def reaching(rows: Tensor, anchors: Tensor | None, keys: Tensor, counts: Sequence[int], least: Tensor) -> Tensor:
-    """bool (Hq, G, C): where `group_maxima` are `least` (Hq, 1) or more; they are never all held at once."""
-    shape = _by_key_head(rows, keys)
-    found = torch.empty(*shape[:3], keys.shape[0], dtype=torch.bool, device=rows.device)
-    least = least.view(*shape[:2], 1, 1)
-    for here, best in _maxima(rows, anchors, keys, counts):
-        torch.ge(best, least[here[0]], out=found[here])
+def reaching(rows: Tensor, least: Tensor | None, keys: Tensor, counts: Sequence[int]) -> Tensor:
+    """bool (Hq, G, C): where some row's score is its `least` (Hq, G, U) or more; None: 0 or more. Beyond `counts`: anything."""
+    found = torch.empty(*_by_key_head(rows, keys)[:3], keys.shape[0], dtype=torch.bool, device=rows.device)
+    for here, scores in _scores(rows, least, keys, counts):
+        found[here] = none_minus(scores, 3)
     return found.flatten(0, 1)
 
 
@@ -85,10 +84,10 @@ def _by_key_head(rows: Tensor, keys: Tensor) -> tuple[int, ...]:
     return keys.shape[1], rows.shape[0] // keys.shape[1], *rows.shape[1:]
 
 
-def _maxima(
+def _scores(
     rows: Tensor, anchors: Tensor | None, keys: Tensor, counts: Sequence[int]
 ) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
-    """Where in (Hkv, Hq / Hkv, G, C) some maxima of `group_maxima` belong, and they, valid until the next."""
+    """Scores above `anchors` (Hkv, Hq / Hkv, G, U, C), valid until the next, and where in (Hkv, Hq / Hkv, G, C) they belong."""
     kv_heads, each, groups, units, _ = _by_key_head(rows, keys)
     rows = rows.unflatten(0, (kv_heads, each))
     below = None if anchors is None else anchors.unsqueeze(3).unflatten(0, (kv_heads, each))
@@ -104,4 +103,4 @@ def _maxima(
             scores = scores.unflatten(1, (each, groups - left, units))
             if below is not None:
                 scores = scores.to(below.dtype).sub_(below[heads, :, left:])
-            yield (heads, slice(None), slice(left, None), some), scores.amax(3)
+            yield (heads, slice(None), slice(left, None), some), scores

@@ -35,7 +35,7 @@ class MeanFinder:
         self.anchor = (
             state.lse if config.identify == "lse" else row_tops(state, q, k, geometry, scale, keep, config.scores)
         )
-        self.theta = state.lse.new_tensor(config.thetas(q.shape[2]))[:, None]
+        self.theta = state.lse.new_tensor(config.thetas(q.shape[2]))[:, None, None]
         self.ahead: Ahead[Tensor] = Ahead(geometry)
 
     def kept(self, group: Group, entry: int) -> Tensor:
@@ -50,7 +50,7 @@ class MeanFinder:
 
     def _kept(self, groups: list[Group], entry: int) -> list[Tensor]:
         means, anchors, keys, counts = self._asked(groups, entry)
-        found = reaching(means, anchors, keys, counts, -self.theta)
+        found = reaching(means, anchors - self.theta, keys, counts)
         return [found[:, n, :count] for n, count in enumerate(counts)]
 
     def margins(self, group: Group, entry: int) -> Tensor:

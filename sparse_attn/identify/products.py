@@ -1,16 +1,22 @@
 """Products of rows and keys, reduced over the rows before they leave the cache.
 
-A row's anchor rides along as one more dim: [scale * q, -anchor] . [k, 1] = score - anchor, so a test is one matrix product and
-one maximum. In bfloat16 the anchor takes two dims, what it rounds to and the rest.
+The least score that a row keeps rides along as one more dim: [scale * q, -least] . [k, 1] = score - least, so a column is kept
+where the product's sign is not minus. In bfloat16 `least` takes two dims, what it rounds to and the rest.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 COLUMNS_AT_ONCE = 1024
 """Columns of one product: with a thousand rows it fills a second-level cache and no more."""
+EARLY = 8
+"""Of so many rows one asks about every column: what it keeps need not be asked again."""
+WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Whole numbers as wide as floats of so many bytes."""
 
 
 def test_dtype(x: Tensor, scores: str) -> torch.dtype:
@@ -25,28 +31,53 @@ def _native_bfloat16() -> bool:
     return bool(told.get("avx512_bf16") or told.get("amx_bf16"))
 
 
-def with_anchor(q: Tensor, anchor: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """(Hq, rows, D + 1 or D + 2): scaled queries (rows, Hq, D) and minus their anchors (Hq, rows)."""
-    rows = q.transpose(0, 1).to(anchor.dtype) * scale
-    parts = [rows.to(dtype), -anchor.unsqueeze(2).to(dtype)]
+def least_scores(lse: Tensor, thetas: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """(B, Hq, rows): the least score that each row keeps, lse - theta; an infinite theta becomes one that `dtype` can hold."""
+    most = min(1e30, torch.finfo(dtype).max / 4)
+    return lse - lse.new_tensor(thetas).clamp(-most, most)[:, None]
+
+
+def with_least(q: Tensor, least: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """(Hq, rows, D + 1 or D + 2): scaled queries (rows, Hq, D) and minus the least scores that they keep (Hq, rows)."""
+    rows = q.transpose(0, 1).to(least.dtype) * scale
+    parts = [rows.to(dtype), -least.unsqueeze(2).to(dtype)]
     if torch.finfo(dtype).bits < 32:
-        parts.append((-anchor.unsqueeze(2) - parts[1].to(anchor.dtype)).to(dtype))
+        parts.append((-least.unsqueeze(2) - parts[1].to(least.dtype)).to(dtype))
     return torch.cat(parts, 2)
 
 
 def with_ones(k: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, Hkv, Sk, D + 1 or D + 2): keys that meet `with_anchor`."""
+    """(B, Hkv, Sk, D + 1 or D + 2): keys that meet `with_least`."""
     more = 1 if torch.finfo(dtype).bits >= 32 else 2
     made = k.new_ones(k.shape[0], k.shape[2], k.shape[1], k.shape[3] + more, dtype=dtype)
     made[..., : k.shape[3]] = k.transpose(1, 2)
     return made
 
 
-def column_maximum(rows: Tensor, keys: Tensor) -> Tensor:
-    """(n, C): for each of n stacks of rows (n, R, d), the largest product with each key (C, d)."""
+def reached(rows: Tensor, keys: Tensor) -> Tensor:
+    """bool (n, C): for each of n stacks of rows (n, R, d), whether some row's product with each key (C, d) is 0 or more."""
     flat, columns = rows.flatten(0, 1), keys.shape[0]
-    best = rows.new_empty(rows.shape[0], columns)
+    found = torch.empty(rows.shape[0], columns, dtype=torch.bool, device=rows.device)
+    memory = rows.new_empty(flat.shape[0] * min(columns, COLUMNS_AT_ONCE))
     for first in range(0, columns, COLUMNS_AT_ONCE):
-        products = torch.mm(flat, keys[first : first + COLUMNS_AT_ONCE].T).view(*rows.shape[:2], -1)
-        torch.amax(products, 1, out=best[:, first : first + COLUMNS_AT_ONCE])
-    return best
+        some = keys[first : first + COLUMNS_AT_ONCE]
+        products = memory[: flat.shape[0] * len(some)].view(-1, len(some))
+        torch.mm(flat, some.T, out=products)
+        found[:, first : first + len(some)] = none_minus(products.view(*rows.shape[:2], -1), 1)
+    return found
+
+
+def reached_early(rows: Tensor, keys: Tensor) -> Tensor:
+    """bool (C,): as `reached`, for one stack of rows (R, d). Every so many rows ask first; the others only about what is left."""
+    first = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+    first[::EARLY] = True
+    found = reached(rows[first][None], keys)[0]
+    left = (~found).nonzero()[:, 0]
+    if len(left) and len(rows) > 1:
+        found[left] = reached(rows[~first][None], keys.index_select(0, left))[0]
+    return found
+
+
+def none_minus(products: Tensor, dim: int) -> Tensor:
+    """bool: where some entry along `dim` has no minus sign; whole numbers of the same bits tell, and are compared faster."""
+    return products.view(WHOLE[products.element_size()]).amax(dim) >= 0

@@ -3,7 +3,7 @@
     every     keep column j  <=>  q_i . k_j * scale - lse_i >= -theta  for some row i of the group
     rescore   the same test, asked only where  mid_u . k_j + reach * half_u . |k_j| >= -theta  for some box u
 
-A box holds `box` neighbouring rows of [scale * q, -lse]: mid and half are the middle and half width of its smallest and largest
+A box holds `box` neighbouring rows of [scale * q, theta - lse]: mid and half are the middle and half width of its smallest and largest
 entries. With reach = 1 no row's score exceeds the bound, so nothing is lost; boxes of many dims are wide, and most columns
 would pass. A smaller reach is a guess, and two kinds of columns could escape it: keys that are huge for one query while its
 neighbours look away, so keys of more than twice the length (root mean square) of those in initial block and window are always
@@ -21,7 +21,8 @@ from torch import Tensor
 from sparse_attn.config import AnchorConfig
 from sparse_attn.geometry import Geometry, Group
 from sparse_attn.identify.ahead import Ahead, groups_at_once, reaching
-from sparse_attn.identify.products import column_maximum, test_dtype, with_anchor, with_ones
+from sparse_attn.identify.products import least_scores, reached, reached_early, test_dtype, with_least, with_ones
+from tokenring.merge import accumulator_dtype
 
 LONG = 4.0
 """Squared length, beside the near keys' mean, beyond which `rescore` tests a key whatever its bound."""
@@ -33,17 +34,16 @@ class EveryFinder:
     def __init__(
         self, q: Tensor, k: Tensor, lse: Tensor, geometry: Geometry, config: AnchorConfig, scale: float
     ) -> None:
-        self.q, self.lse, self.config, self.scale = q, lse, config, scale
+        self.q, self.config, self.scale = q, config, scale
         self.dtype = test_dtype(q, config.scores)
         self.keys = with_ones(k, self.dtype)
-        self.theta = lse.new_tensor(config.thetas(q.shape[2]))
+        self.least = least_scores(lse, config.thetas(q.shape[2]), self.dtype)
 
     def kept(self, group: Group, entry: int) -> Tensor:
         """bool (Hq, candidates): see `Finder`."""
         heads = self.rows(group, entry).unflatten(0, (self.keys.shape[1], -1))
         keys = self.keys[entry, :, slice(*group.candidates)]
-        best = torch.cat([column_maximum(rows, columns) for rows, columns in zip(heads, keys)])
-        return best >= -self.theta[:, None]
+        return torch.cat([reached(rows, columns) for rows, columns in zip(heads, keys)])
 
     def passed(self, group: Group, entry: int) -> Tensor:
         """bool (Hq, candidates): all columns are tested."""
@@ -51,9 +51,9 @@ class EveryFinder:
         return torch.ones(self.q.shape[2], count, dtype=torch.bool, device=self.q.device)
 
     def rows(self, group: Group, entry: int) -> Tensor:
-        """(Hq, rows, d): the group's queries with their anchors."""
+        """(Hq, rows, d): the group's queries with the least scores that they keep."""
         rows = slice(*group.rows)
-        return with_anchor(self.q[entry, rows], self.lse[entry, :, rows], self.scale, self.dtype)
+        return with_least(self.q[entry, rows], self.least[entry, :, rows], self.scale, self.dtype)
 
 
 class RescoreFinder(EveryFinder):
@@ -76,7 +76,7 @@ class RescoreFinder(EveryFinder):
             columns = passed.nonzero()[:, 0]
             if len(columns):
                 keys = self.keys[entry, head // each, span].index_select(0, columns)
-                passed[columns] = column_maximum(rows[head : head + 1], keys)[0] >= -self.theta[head]
+                passed[columns] = reached_early(rows[head], keys)
         return kept
 
     def passed(self, group: Group, entry: int) -> Tensor:
@@ -100,7 +100,7 @@ class RescoreFinder(EveryFinder):
         boxed = torch.stack([boxes(x, self.config.box, self.config.reach, alone) for x in rows], 1)
         keys = self.bounding[entry, :, groups[0].candidates[0] : groups[-1].candidates[1]].transpose(0, 1)
         counts = [group.candidate_keys for group in groups]
-        found = reaching(boxed, None, keys, counts, -self.theta[:, None])
+        found = reaching(boxed, None, keys, counts)
         return [(rows[n], found[:, n, :count]) for n, count in enumerate(counts)]
 
 
@@ -133,9 +133,8 @@ def boxes(rows: Tensor, box: int, reach: float, alone: int = 0) -> Tensor:
         return single
     missing = -rows.shape[1] % box
     whole = rows if not missing else torch.cat([rows, rows[:, -1:].expand(-1, missing, -1)], 1)
-    low, high = torch.aminmax(
-        whole.unflatten(1, (-1, box)).float() if rows.dtype == torch.bfloat16 else whole.unflatten(1, (-1, box)), dim=2
-    )
+    whole = whole.unflatten(1, (-1, box)).to(accumulator_dtype(rows.dtype))
+    low, high = torch.aminmax(whole, dim=2)
     middle = (low + high) / 2
     boxed = torch.cat([middle, reach * (high - middle)], -1).to(rows.dtype)
     return torch.cat([boxed, single], 1) if alone else boxed

@@ -6,7 +6,8 @@ largest score, the paper's anchor, which the operator keeps to itself:
     S = scale * q k^T over the region's keys up to the piece's last row
     top = max S,    P = exp(S - top),    l = sum P,    out = P v / l,    lse = top + log l
 
-Scores are in base 2 until the end: torch takes 2^x three times as fast as e^x.
+Scores are in base 2 until the end: torch takes 2^x three times as fast as e^x. Where the largest scores of a piece are moderate
+nothing is subtracted from it, which saves a pass.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from sparse_attn.kernels.state import AnchorState
 CACHED = 1 << 18
 """Most scores of a piece and thread: a second-level cache of 1 MiB holds them, save in the longest groups."""
 LOG2_E = math.log2(math.e)
+MODERATE = 48.0
+"""Largest scores and log-sum-exps up to this, in base 2 and either way, need no shift: float32 has as much room again on both sides."""
 ROWS = 64, 128
 """Fewest and most rows of a piece: short ones multiply slower, long ones read more keys past the diagonal."""
 
@@ -67,7 +70,6 @@ def _attend(
     """Rows (groups, heads, each, rows, D) against their region; out, lse and top of the same rows are filled."""
     each, count = q.shape[2:4]
     across, before = keys.mT, keys.shape[1] - count
-    sums = torch.empty_like(top, memory_format=torch.contiguous_format)
     for rows in _pieces(count, before, each):
         width = before + rows.stop
         scores, by_row, corner = memory.scratch(q.shape[:3], rows, width)
@@ -75,13 +77,13 @@ def _attend(
         torch.baddbmm(scores, mine, across[:, :, :width], beta=0, alpha=scale * LOG2_E, out=scores)
         corner += memory.later(corner.shape[-1])
         highest = by_row.amax(-1)
-        by_row.sub_(highest.unsqueeze(4)).exp2_()
-        total = by_row.sum(-1)
+        shifted = float(highest.abs().amax()) > MODERATE
+        total = (by_row.sub_(highest.unsqueeze(4)) if shifted else by_row).exp2_().sum(-1)
         found = torch.bmm(scores, values[:, :width]).view(*by_row.shape[:4], -1)
         torch.div(found, total.unsqueeze(4), out=out[:, :, :, rows])
-        top[..., rows], sums[..., rows] = highest, total
+        top[..., rows], lse[..., rows] = highest, total.log2_().add_(highest) if shifted else total.log2_()
     top /= LOG2_E
-    torch.add(top, sums.log_(), out=lse)
+    lse /= LOG2_E
 
 
 def _pieces(count: int, before: int, each: int) -> Iterator[slice]:

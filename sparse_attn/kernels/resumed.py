@@ -1,12 +1,13 @@
 """Phase 3 on plain matrix products: a list's columns join the state that phase 1 left, a tile at a time in a core's cache.
 
-The state's log-sum-exp stands in for the running maximum, so no tile looks for its own and nothing is scaled again:
+One number a row, b, stands in for the running maximum, so no tile looks for its own and nothing is scaled again:
 
-    P = exp(scale q k^T - lse),   l = 1 + sum P,   out' = (out + P v) / l,   lse' = lse + log l
+    P = exp(scale q k^T - b),   w = exp(lse - b),   l = w + sum P,   out' = (w out + P v) / l,   lse' = b + log l
 
-(arXiv 2505.23520, section 3.4, resumed from m = lse, l = 1, acc = out.) No pass looks for a maximum, no partial is merged, and no
-call brings fresh memory: 3 to 5% over torch's flash operator at 512 rows, 15% at 64. Columns that outweigh a row's anchor region by more
-than the dtype holds leave sums that are not finite: the block kernel then does that list.
+(arXiv 2505.23520, section 3.4, resumed from m = b, l = w, acc = w out.) b is 0 where the rows' log-sum-exps are moderate, which
+saves a pass over the scores, and lse elsewhere. No pass looks for a maximum, no partial is merged, and no call brings fresh
+memory. Columns that outweigh a row's anchor region by more than the dtype holds leave sums that are not finite: the block kernel
+then does that list.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn.kernels.gathered import Rows
+from sparse_attn.kernels.products import LOG2_E, MODERATE
 
 TILE_BYTES = 1 << 20
 """Scores of a tile and thread: as much as a second-level cache of 1 MiB; narrower tiles multiply slower than they save."""
@@ -24,7 +26,6 @@ TILE_ROWS = 512
 """Most rows of a tile and thread."""
 LEAST_ROWS = 32
 """Rows of a list below which the operator's one call costs less than a tile's ten."""
-LOG2_E = math.log2(math.e)
 
 
 class Resumed:
@@ -44,33 +45,41 @@ class Resumed:
         if count < LEAST_ROWS:
             return False
         split = self.threads if count % self.threads == 0 else 1
-        queries = mine.reshape(split, count // split, -1)
-        base = state[1].reshape(split, -1, 1) * -LOG2_E
+        queries = mine.reshape(split, count // split, -1) * (self.scale * LOG2_E)
+        before = state[1].reshape(split, -1, 1) * LOG2_E
+        base = None if float(before.abs().amax()) <= MODERATE else before
         total, sums = self._tiles(queries, base, entry, key_head, columns)
+        weight = before.exp2_() if base is None else torch.ones_like(before)
+        sums += weight
         if not math.isfinite(float(total.sum() + sums.sum())):
             return False
-        sums = sums.view(state[1].shape)
-        weight = (sums + 1).reciprocal_().unsqueeze(2)
-        state[0].add_(total.view(state[0].shape)).mul_(weight)
-        state[1].add_(sums.log1p_())
+        shape = state[1].shape
+        state[0].mul_((weight / sums).view(*shape, 1)).addcdiv_(total.view(state[0].shape), sums.view(*shape, 1))
+        logs = sums.log2_() if base is None else sums.log2_().add_(base)
+        torch.div(logs.view(shape), LOG2_E, out=state[1])
         return True
 
-    def _tiles(self, q: Tensor, base: Tensor, entry: int, key_head: int, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """sum of P v and sum of P, for rows (split, n, D) whose -lse in base 2 is `base`."""
+    def _tiles(
+        self, q: Tensor, base: Tensor | None, entry: int, key_head: int, columns: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """sum of P v and sum of P, for scaled rows (split, n, D) and their b (split, n, 1) in base 2; None for 0."""
         split, count = q.shape[:2]
         tall = -(-count // -(-count // TILE_ROWS))
         wide = TILE_BYTES // (q.element_size() * tall)
         total = self._held(0, split, count, self.values.x.shape[3])
-        sums = torch.zeros_like(base)
-        keys, values = (x.gathered(entry, key_head, columns).expand(split, -1, -1) for x in (self.keys, self.values))
+        sums = q.new_zeros(split, count, 1)
         for first in range(0, len(columns), wide):
-            some = slice(first, first + wide)
+            some = columns[first : first + wide]
+            keys, values = (x.gathered(entry, key_head, some).expand(split, -1, -1) for x in (self.keys, self.values))
             for row in range(0, count, tall):
                 here = slice(row, row + tall)
-                scores = self._held(1, split, min(tall, count - row), min(wide, len(columns) - first))
-                torch.baddbmm(base[:, here], q[:, here], keys[:, some].mT, alpha=self.scale * LOG2_E, out=scores)
+                scores = self._held(1, split, min(tall, count - row), len(some))
+                if base is None:
+                    torch.bmm(q[:, here], keys.mT, out=scores)
+                else:
+                    torch.sub(torch.bmm(q[:, here], keys.mT, out=scores), base[:, here], out=scores)
                 sums[:, here] += scores.exp2_().sum(-1, keepdim=True)
-                total[:, here].baddbmm_(scores, values[:, some], beta=min(first, 1))
+                total[:, here].baddbmm_(scores, values, beta=min(first, 1))
         return total, sums
 
     def _held(self, number: int, *shape: int) -> Tensor:
