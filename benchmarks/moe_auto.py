@@ -5,8 +5,8 @@
 
 Groups: ranks over loopback; or, each in a network namespace of its own (`benchmarks.linklab`), over links of a set rate in
 Mbit/s: two ranks with a link between them, or two nodes of two whose uplinks have a quarter of the rate inside. Dispatch and
-combine, forward and backward, experts the identity. Dispatchers take turns and are first in turn; a turn's time is that of its
-slowest rank; figures are medians over turns. `alltoall`, which auto never considers, is timed too: it may not be the fastest.
+combine, forward and backward, experts the identity. Dispatchers take turns and are first in turn, for about `--seconds` a case; a
+turn's time is that of its slowest rank; figures are medians over turns. `alltoall`, which auto never considers, is timed too.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ from moe.workloads import routing
 from tokenring.topology import Topology
 
 HIDDEN, EXPERTS = 1024, 64
+LEAST_TURNS = 5
 Case = tuple[int, int]
 """Tokens of a rank, and k."""
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
-def judged(rank: int, world: int, per_node: int | None, cases: list[Case], turns: int) -> list[dict]:
+def judged(rank: int, world: int, per_node: int | None, cases: list[Case], seconds: float) -> list[dict]:
     """A probe, and for each case what auto modelled and chose, and every dispatcher's seconds in every turn."""
     group = dist.group.WORLD
     topology, found = Topology.probe(group), []
@@ -54,7 +55,7 @@ def judged(rank: int, world: int, per_node: int | None, cases: list[Case], turns
         check_alike({name: call() for name, call in {"auto": partial(step, auto, batch), **steps}.items()})
         found.append(
             {"tokens": tokens, "topk": topk, "modelled": auto.seconds, "chosen": auto.chosen.name}
-            | {"runs": timed(steps, turns), "topology": topology.to_dict()}
+            | {"runs": timed(steps, seconds), "topology": topology.to_dict()}
         )
     return found
 
@@ -69,11 +70,11 @@ def step(d: Dispatcher, batch: Batch) -> tuple[Tensor, Tensor]:
     return out.detach(), hidden.grad
 
 
-def timed(steps: dict[str, Callable[[], object]], turns: int) -> dict[str, list[float]]:
-    """Seconds of the slowest rank, turn by turn."""
+def timed(steps: dict[str, Callable[[], object]], budget: float) -> dict[str, list[float]]:
+    """Seconds of the slowest rank, turn by turn; as many turns on every rank."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
-    for turn in range(turns):
+    names, turn = list(steps), 0
+    while turn < LEAST_TURNS or sum(map(sum, seconds.values())) < budget:
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             dist.barrier()
             start = time.perf_counter()
@@ -81,6 +82,7 @@ def timed(steps: dict[str, Callable[[], object]], turns: int) -> dict[str, list[
             took = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
             dist.all_reduce(took, op=dist.ReduceOp.MAX)
             seconds[name].append(float(took))
+        turn += 1
     return seconds
 
 
@@ -139,6 +141,7 @@ def row_of(group: str, found: dict) -> dict:
     ratios = [own / best for own, best in zip(runs[chosen], runs[fastest])]
     spread = {name: [min(times), max(times)] for name, times in runs.items()}
     return {"group": group, **found, "fastest": fastest} | {
+        "turns": len(ratios),
         "chosen_over_fastest": statistics.median(ratios),
         "seconds": medians,
         "spread": spread,
@@ -162,14 +165,14 @@ def main() -> None:
     parser.add_argument("--groups", nargs="+", default=["loopback:2", "loopback:4"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 2048])
     parser.add_argument("--topk", type=int, nargs="+", default=[8])
-    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=8.0, help="for each case, about")
     parser.add_argument("--out", type=Path, help="file of figures, written after every group")
     options = parser.parse_args()
     what = f"auto's choice and every dispatcher's time, forward and backward: hidden={HIDDEN}, experts={EXPERTS}"
     for group in options.groups:
         run, per_node = group_of(group)
         cases = list(itertools.product(options.tokens, options.topk))
-        rows = [row_of(group, found) for found in run(per_node, cases, options.turns)]
+        rows = [row_of(group, found) for found in run(per_node, cases, options.seconds)]
         for row in rows:
             show(row)
         if options.out:

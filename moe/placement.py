@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import combinations, product
 
 import torch
 from torch import Tensor
@@ -120,6 +121,8 @@ def place(
     total = experts if slots is None else slots
     if loads.dim() != 1 or bool((loads < 0).any()):
         raise ValueError(f"loads is {tuple(loads.shape)}; give (E,) counts of at least 0")
+    if ranks < 1:
+        raise ValueError(f"ranks is {ranks}; give at least 1")
     if total < experts or total % ranks:
         raise ValueError(
             f"slots={total} for {experts} experts on {ranks} ranks; give at least {experts}, a multiple of {ranks}"
@@ -129,7 +132,7 @@ def place(
     copies = replicas(loads, total)
     share = (loads.double() / copies).tolist()
     pull = torch.zeros(experts, experts).double() if together is None else weight * together.double()
-    pull = (pull / copies.unsqueeze(0) / copies.unsqueeze(1)).fill_diagonal_(0.0)
+    pull = ((pull + pull.T) / 2 / copies.unsqueeze(0) / copies.unsqueeze(1)).fill_diagonal_(0.0)
     bins = _pack(share, copies.tolist(), ranks, total // ranks, pull)
     _improve(bins, share, pull)
     return Placement(tuple(expert for held in bins for expert in sorted(held)), ranks)
@@ -186,30 +189,32 @@ def _pack(share: list[float], copies: list[int], ranks: int, room: int, pull: Te
     return bins
 
 
-def _score(bins: list[list[int]], share: list[float], pull: Tensor) -> float:
-    """Load of the fullest rank times the ranks, less what shares a rank: what is to be small."""
-    fullest = max(sum(share[e] for e in held) for held in bins)
-    kept = sum(float(pull[held][:, held].sum()) / 2 for held in bins)
-    return len(bins) * fullest - kept
-
-
 def _improve(bins: list[list[int]], share: list[float], pull: Tensor, rounds: int = 4) -> None:
-    """Swap slots of two ranks while that lowers the score; at most `rounds` sweeps."""
-    best = _score(bins, share, pull)
+    """Swap slots of two ranks while that helps; at most `rounds` sweeps.
+
+    What is to be small: the load of the fullest rank times the ranks, less what shares a rank. Of a swap only the two ranks'
+    terms change.
+    """
+    near = pull.tolist()
+    drawn = [[sum(row[other] for other in held) for held in bins] for row in near]
+    loads = [sum(share[expert] for expert in held) for held in bins]
     for _ in range(rounds):
-        before = best
-        for a in range(len(bins)):
-            for b in range(a + 1, len(bins)):
-                for i in range(len(bins[a])):
-                    for j in range(len(bins[b])):
-                        one, two = bins[a][i], bins[b][j]
-                        if one == two or one in bins[b] or two in bins[a]:
-                            continue
-                        bins[a][i], bins[b][j] = two, one
-                        found = _score(bins, share, pull)
-                        if found < best - 1e-9:
-                            best = found
-                        else:
-                            bins[a][i], bins[b][j] = one, two
-        if best == before:
+        swaps = 0
+        for a, b in combinations(range(len(bins)), 2):
+            rest = max((load for rank, load in enumerate(loads) if rank not in (a, b)), default=0.0)
+            for i, j in product(range(len(bins[a])), range(len(bins[b]))):
+                one, two = bins[a][i], bins[b][j]
+                if one == two or one in bins[b] or two in bins[a]:
+                    continue
+                moved = share[two] - share[one]
+                fuller = max(rest, loads[a] + moved, loads[b] - moved) - max(rest, loads[a], loads[b])
+                joined = drawn[two][a] - drawn[one][a] + drawn[one][b] - drawn[two][b] - 2 * near[one][two]
+                if len(bins) * fuller - joined < -1e-9:
+                    bins[a][i], bins[b][j] = two, one
+                    loads[a], loads[b] = loads[a] + moved, loads[b] - moved
+                    for row, sums in zip(near, drawn):
+                        sums[a] += row[two] - row[one]
+                        sums[b] += row[one] - row[two]
+                    swaps += 1
+        if not swaps:
             return

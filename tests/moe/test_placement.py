@@ -46,6 +46,33 @@ def test_experts_used_together_come_to_one_rank_and_tokens_want_fewer_ranks() ->
     assert seeing.imbalance(loads) < 1.25
 
 
+@given(st.integers(0, 10**6), st.integers(2, 4), st.integers(0, 1))
+def test_no_swap_of_two_slots_is_left_that_helps(seed: int, ranks: int, spare: int) -> None:
+    """The score from its definition, for every swap of the placement that was found."""
+    draw = torch.Generator().manual_seed(seed)
+    experts = 2 * ranks
+    loads = torch.randint(0, 100, (experts,), generator=draw)
+    together = torch.randint(0, 60, (experts, experts), generator=draw)
+    together = together + together.T
+    found = place(loads, ranks=ranks, slots=experts + spare * ranks, together=together)
+    copies = torch.bincount(torch.tensor(found.slots))
+
+    def score(slots: tuple[int, ...]) -> float:
+        own = Placement(slots, ranks)
+        held = [own.rank_slots(rank) for rank in range(ranks)]
+        pairs = [(a, b) for ones in held for i, a in enumerate(ones) for b in ones[i + 1 :] if a != b]
+        shared = sum(float(together[a, b]) / float(copies[a] * copies[b]) for a, b in pairs)
+        return ranks * float(own.rank_loads(loads).max()) - shared
+
+    size, best = len(found.slots) // ranks, score(found.slots)
+    for i in range(len(found.slots)):
+        for j in range((i // size + 1) * size, len(found.slots)):
+            slots = list(found.slots)
+            slots[i], slots[j] = slots[j], slots[i]
+            twice = any(len({*part}) < size for part in (slots[k : k + size] for k in range(0, len(slots), size)))
+            assert twice or score(tuple(slots)) > best - 1e-6
+
+
 def test_rows_per_token_are_what_dedup_sends() -> None:
     ids = routing("W0", 20000, 64, 8, 4, seed=3)[0]
     assert Placement(tuple(range(64)), 4).rows_per_token(ids) == pytest.approx(3.659, abs=0.02)
@@ -131,6 +158,8 @@ def test_workloads_are_what_they_say(name: str) -> None:
 def test_wrong_questions_are_named() -> None:
     with pytest.raises(ValueError, match="slots=5 for 4 experts on 2 ranks"):
         place(torch.ones(4), ranks=2, slots=5)
+    with pytest.raises(ValueError, match="ranks is 0"):
+        place(torch.ones(4), ranks=0)
     with pytest.raises(ValueError, match="together is"):
         place(torch.ones(4), ranks=2, together=torch.ones(3, 3))
     with pytest.raises(ValueError, match="counts of at least 0"):
