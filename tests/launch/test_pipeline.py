@@ -35,17 +35,6 @@ from token_reduction import Budget, build, methods
 FAMILIES = list(tiny_models.MAKERS)
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_clip(tmp_path_factory.mktemp("clip") / "drift.mp4", 21)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    torch.manual_seed(3)
-    return {family: str(maker(tmp_path_factory.mktemp(family))) for family, maker in tiny_models.MAKERS.items()}
-
-
 config_of = partial(runs.config_of, reduce__spec="divprune:0.5", reduce__window=8, generate__max_new_tokens=5)
 
 

@@ -26,23 +26,11 @@ from launch.records import RankRecord, merge, verified
 from launch.report import as_text
 from sparse_attn import AnchorConfig, TunedConfig
 from tests.launch import runs, tiny_models
-from tests.launch.drift import make_clip
 from tests.pool import Pool
 
 HEADS = tiny_models.TEXT["num_attention_heads"]
 THETAS = {"qwen25": 1.0, "qwen3": 2.4, "llava": 1.0}
 SMALL = {"block": 8, "step": 2, "dense": "never", "last": 0}
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_clip(tmp_path_factory.mktemp("clip") / "drift.mp4", 21)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    torch.manual_seed(3)
-    return {family: str(maker(tmp_path_factory.mktemp(family))) for family, maker in tiny_models.MAKERS.items()}
 
 
 config_of = partial(
