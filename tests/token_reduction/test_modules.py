@@ -1,12 +1,6 @@
-"""Learned compressors: each learns a small task that it cannot do without the token it has to carry, and its shapes are exact.
-
-The task: a 4 x 4 map of noise holds one marked cell with a class; the answer needs the class (and for some modules where it is).
-A linear reader of the compressed tokens is trained with the module; both must go well below what guessing costs.
-"""
+"""Learned compressors: exact shapes, published counts, what each form promises. That they learn: `test_modules_learn`."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
@@ -24,69 +18,9 @@ from token_reduction.modules import (
     TokenPacker,
     TokenShuffle,
     VisionRemember,
-    matryoshka_loss,
 )
 
-SIDE, C, CLASSES = 4, 8, 4
-
-
-def marked(n: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Maps (n, 4, 4, 8), classes (n,), cells (n,): channel `class` of one cell is raised by 4."""
-    x = 0.5 * torch.randn(n, SIDE * SIDE, C, generator=g)
-    label, cell = torch.randint(CLASSES, (n,), generator=g), torch.randint(SIDE * SIDE, (n,), generator=g)
-    x[torch.arange(n), cell, label] += 4.0
-    return x.view(n, SIDE, SIDE, C), label, cell
-
-
-def trains(module: nn.Module, run, width: int, steps: int = 120, answers: int = CLASSES, target=None) -> float:
-    """Cross-entropy on new maps after training `module` and a linear reader of its flattened tokens."""
-    torch.manual_seed(0)
-    g = torch.Generator().manual_seed(0)
-    reader = nn.Linear(width, answers)
-    optimiser = torch.optim.Adam([*module.parameters(), *reader.parameters()], lr=5e-3)
-    target = target or (lambda label, cell: label)
-    for _ in range(steps):
-        x, label, cell = marked(64, g)
-        loss = nn.functional.cross_entropy(reader(run(module, x).flatten(1)), target(label, cell))
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    x, label, cell = marked(512, g)
-    with torch.no_grad():
-        return float(nn.functional.cross_entropy(reader(run(module.eval(), x).flatten(1)), target(label, cell)))
-
-
-def both_streams(module, x):
-    """Pooled visual tokens and a text token that has read the frames."""
-    visual, text = module(module.pool(x[:, None]), x.new_ones(len(x), 1, C), x[:, None])
-    return torch.cat([visual, text], 1)
-
-
-def build_cases():
-    torch.manual_seed(1)
-    return {
-        "token_packer": (TokenPacker(C, 2, 12, 2, 2), lambda m, x: m(x, torch.cat([x, x], -1)), 4 * 12),
-        "token_flex": (TokenFlex(C, 12, (1, 4, 16)), lambda m, x: m(x, 4), 4 * 12),
-        "quecc": (QueCC(C, 1, 3, 12, 2, 2), lambda m, x: m(x, x, x.new_ones(len(x), 3)), 4 * 12),
-        "llava_sp": (SpatialTokens(C, 12, (2, 4), "pool", 8, 2), lambda m, x: m(x), 2 * 12),
-        "llava_sp_crop": (SpatialTokens(C, 12, (2, 4), "crop", 8, 2), lambda m, x: m(x), 2 * 12),
-        "falcon": (RegisterEncoder(C, 2, 1, 2), lambda m, x: m(x.flatten(1, 2).view(len(x), 2, 8, C)), 4 * C),
-        "token_shuffle": (TokenShuffle(C, 2), lambda m, x: m.unfold(m.fold(x), 4, 4), 16 * C),
-        "slots": (SlotAttention(C, 3), lambda m, x: m(x.flatten(1, 2))[0], 3 * C),
-        "biformer": (BiLevelRouting(C, 2, 2, 2), lambda m, x: m(x).amax((1, 2)), C),
-        "vision_remember": (VisionRemember(C, C, 2, 2, 2), lambda m, x: m(x.new_zeros(len(x), 4, C), [x, x]), 4 * C),
-        "crosslmm": (CrossLMM(C, 1, 2), both_streams, 2 * C),
-    }
-
-
-@pytest.mark.parametrize("name", list(build_cases()))
-def test_a_compressor_learns_to_carry_the_marked_cell(name):
-    module, run, width = build_cases()[name]
-    before = [p.detach().clone() for p in module.parameters()]
-    loss = trains(module, run, width)
-    assert loss < 0.6 * math.log(CLASSES), loss
-    moved = [not torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True)]
-    assert sum(moved) >= 0.9 * len(moved)  # gradients reach (almost) every parameter
+C, CLASSES = 8, 4
 
 
 def test_the_question_decides_what_quecc_carries():
@@ -119,23 +53,11 @@ def test_the_question_decides_what_quecc_carries():
     assert right > 0.6 > wrong + 0.1
 
 
-def test_matryoshka_trains_one_reader_for_all_its_levels():
-    torch.manual_seed(0)
-    module, g = Matryoshka((1, 2, 4)), torch.Generator().manual_seed(0)
-    reader = nn.Sequential(nn.Linear(C, 32), nn.GELU(), nn.Linear(32, CLASSES))
-    optimiser = torch.optim.Adam(reader.parameters(), lr=1e-2)
-    for _ in range(300):
-        x, label, _ = marked(64, g)
-        loss = matryoshka_loss(module, x, lambda t, y=label: nn.functional.cross_entropy(reader(t).amax(1), y))
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    x, label, _ = marked(512, g)
-    for level in range(3):
-        with torch.no_grad():
-            assert float(nn.functional.cross_entropy(reader(module(x, level)).amax(1), label)) < 0.6 * math.log(CLASSES)
+def test_matryoshkas_sets_are_nested():
+    module, x = Matryoshka((1, 2, 4)), torch.randn(2, 4, 4, C)
     fine = module(x, 0).view(-1, 2, 2, 2, 2, C).mean((2, 4)).reshape(-1, 4, C)
-    torch.testing.assert_close(module(x, 1), fine)  # nested: a coarse token is the mean of its fine ones
+    torch.testing.assert_close(module(x, 1), fine)
+    torch.testing.assert_close(module(x, 2)[:, 0], x.mean((1, 2)))
 
 
 def test_shuffle_learns_to_come_back_whole():
