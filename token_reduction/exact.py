@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from token_reduction.rows import blocks
+
 _MAGIC = 6.0 * 2.0**25
 
 
@@ -20,9 +22,13 @@ def fixed_mean(x: Tensor) -> Tensor:
     n = x.shape[-2]
     if not x.numel():
         return x.new_zeros((*x.shape[:-2], x.shape[-1]), dtype=torch.float64)
-    exponent = torch.frexp(x.abs().amax((-2, -1), keepdim=True).double()).exponent
+    largest = torch.maximum(x.amax((-2, -1), keepdim=True), -x.amin((-2, -1), keepdim=True))
+    exponent = torch.frexp(largest.double()).exponent
     scale = _power(torch.clamp(min(52, 61 - n.bit_length()) - exponent.long(), max=900))
-    return (x.double() * scale).round().to(torch.int64).sum(-2).double() / scale[..., 0] / n
+    total = torch.zeros((*x.shape[:-2], x.shape[-1]), dtype=torch.int64, device=x.device)
+    for first, last in blocks(n, x[..., 0, :].numel(), x.device):
+        total += (x[..., first:last, :].double() * scale).round_().to(torch.int64).sum(-2)
+    return total.double() / scale[..., 0] / n
 
 
 def _power(exponent: Tensor) -> Tensor:
@@ -32,12 +38,15 @@ def _power(exponent: Tensor) -> Tensor:
 
 def unit_rows(x: Tensor, center: bool = False) -> Tensor:
     """Unit rows (..., n, D) float64 rounded to multiples of 2^-25; zero rows stay zero. center: the mean comes off first."""
-    wide = x.double()
-    if center:
-        wide = wide - fixed_mean(x)[..., None, :]
-    norm = _row_sum(wide * wide).sqrt_()
-    inverse = torch.where(norm > 0, 1.0 / norm, 0.0)
-    return wide.mul(inverse[..., None]).add_(_MAGIC).sub_(_MAGIC)
+    wide = x.double() - fixed_mean(x)[..., None, :] if center else x
+    unit = torch.empty(x.shape, dtype=torch.float64, device=x.device)
+    rows, done = wide.reshape(-1, x.shape[-1]), unit.view(-1, x.shape[-1])
+    for first, last in blocks(len(rows), x.shape[-1], x.device):
+        part = rows[first:last].double()
+        norm = _row_sum(part * part).sqrt_()
+        inverse = torch.where(norm > 0, 1.0 / norm, 0.0)
+        done[first:last] = part.mul(inverse[:, None]).add_(_MAGIC).sub_(_MAGIC)
+    return unit
 
 
 def _row_sum(values: Tensor) -> Tensor:
@@ -46,6 +55,15 @@ def _row_sum(values: Tensor) -> Tensor:
         folded = values[..., :half] + values[..., half : 2 * half]
         values = torch.cat([folded, values[..., 2 * half :]], -1) if values.shape[-1] % 2 else folded
     return values[..., 0]
+
+
+def finite(x: Tensor) -> bool:
+    """Whether no entry is NaN or infinite: the extremes tell, in one pass where `isfinite` takes several.
+
+    >>> finite(torch.ones(2)), finite(torch.tensor([1.0, float("nan")])), finite(torch.tensor([-float("inf"), 1.0]))
+    (True, False, False)
+    """
+    return not x.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(x))).all())
 
 
 def top(scores: Tensor, count: int) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from token_reduction.budget import Budget
+from token_reduction.exact import finite
 from token_reduction.reduction import Reduction
 from token_reduction.tokens import TokenShard, VisualTokens, check_grid, whole
 from tokenring.transport import Transport, connect
@@ -119,7 +120,7 @@ class Reducer(ABC):
 
 def refuse_unfinite(method: Reducer, shard: TokenShard) -> str | None:
     """For methods that compare features: a NaN would make every comparison false and the choice meaningless."""
-    if not bool(torch.isfinite(shard.x).all()):
+    if not finite(shard.x):
         return f"{method.name} compares features and x holds NaN or infinity; look at the encoder or the dtype"
     return None
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.borrow import Borrow
-from token_reduction.exact import spread
+from token_reduction.exact import finite, spread
 from token_reduction.reducer import Reducer, refuse_unfinite
 from token_reduction.reduction import Reduction
 from token_reduction.rows import at_once
@@ -110,14 +111,14 @@ def refuse_channels(method: UnitReducer, shard: TokenShard) -> str | None:
         value = shard.channels[name]
         if name in _BY_LAYER and value.dim() not in (1, 2):
             return f"{method.name} needs {name} as (N,) or (N, {_BY_LAYER[name]}), got {tuple(value.shape)}"
-        if not bool(torch.isfinite(value).all()):
+        if not finite(value):
             return f"{method.name} compares {name} and it holds NaN or infinity; look at the encoder or the dtype"
     if "text" not in method.needs:
         return None
     width = (shard.x if method.text_space == "x" else shard.channels[method.text_space]).shape[1:].numel()
     for item in range(len(shard.grid)):
         text = text_of(shard.channels, item)
-        if text.dim() != 2 or text.shape[0] < 1 or text.shape[1] != width or not bool(torch.isfinite(text).all()):
+        if text.dim() != 2 or text.shape[0] < 1 or text.shape[1] != width or not finite(text):
             return (
                 f"{method.name} compares text with {method.text_space}: give finite rows (m, {width}), m >= 1, for item {item}, "
                 f"got {tuple(text.shape)}; embed both in one space"
@@ -155,11 +156,18 @@ class _Pieces:
 
     def batch(self, numbers: Sequence[int]) -> Batch:
         """Units of one grid and count as one batch."""
-        parts = {name: torch.stack([self._rows(name, i) for i in numbers]) for name in self.planes}
+        parts = {name: self._side_by_side(name, numbers) for name in self.planes}
         units = [self.units[i] for i in numbers]
         texts = tuple(text_of(self.shard.channels, unit.item) for unit in units)
         seeds, frames = tuple(unit.seed for unit in units), tuple(self.shard.grid[unit.item][0] for unit in units)
         return Batch(parts.pop("x"), units[0].grid, parts, texts, seeds, frames)
+
+    def _side_by_side(self, name: str, numbers: Sequence[int]) -> Tensor:
+        """(B, n, ...): the rows themselves where units follow each other, a copy otherwise. Never to be written to."""
+        edges = [self.own[i] for i in numbers]
+        if self.cut.isdisjoint(numbers) and all(left[1] == right[0] for left, right in pairwise(edges)):
+            return self.planes[name][edges[0][0] : edges[-1][1]].unflatten(0, (len(numbers), -1)).contiguous()
+        return torch.stack([self._rows(name, i) for i in numbers])
 
     def _rows(self, name: str, number: int) -> Tensor:
         if number not in self.cut:

@@ -67,8 +67,7 @@ class FastVID(UnitReducer):
         for (frames, share), runs in alike.items():
             size = at_once(frames * n, batch.x.shape[2], batch.x.device)
             for part in (runs[i : i + size] for i in range(0, len(runs), size)):
-                x = torch.stack([batch.x[unit, first : first + frames * n] for unit, first, _ in part])
-                looks = torch.stack([attention[unit, first : first + frames * n] for unit, first, _ in part])
+                x, looks = (_runs(plane, part, frames * n) for plane in (batch.x, attention))
                 for (unit, first, before), (kept, row, source, weight) in zip(
                     part, zip(*self.segments_of(x, looks.unflatten(1, (frames, n)), share))
                 ):
@@ -122,6 +121,12 @@ class FastVID(UnitReducer):
         own = kept.gather(1, row) == source
         share = torch.where(own, self.alpha, (1 - self.alpha) / joined.clamp_min(1).double())
         return torch.where(joined == 0, 1.0, share)
+
+
+def _runs(plane: Tensor, runs: Sequence[tuple[int, int, int]], length: int) -> Tensor:
+    """(S, length, ...) rows of each run (unit, first, ...) of a plane (B, n, ...); one run alone is not copied."""
+    rows = [plane[unit, first : first + length] for unit, first, _ in runs]
+    return torch.stack(rows) if len(rows) > 1 else rows[0][None]
 
 
 def _places(mask: Tensor) -> Tensor:

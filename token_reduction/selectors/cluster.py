@@ -28,7 +28,7 @@ def squared_distances(rows: Tensor, others: Tensor | None = None) -> Tensor:
     """(..., n, m) float64 squared Euclidean distances of exact rows."""
     others = rows if others is None else others
     own, their = (rows * rows).sum(-1), (others * others).sum(-1)
-    return (own[..., None] + their[..., None, :] - 2 * rows @ others.mT).clamp_(min=0)
+    return (own[..., None] + their[..., None, :] - rows @ (2 * others).mT).clamp_(min=0)
 
 
 def k_medoids(distance: Tensor, count: int, first: Tensor, iterations: int = 100) -> tuple[Tensor, Tensor]:

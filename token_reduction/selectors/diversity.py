@@ -92,31 +92,31 @@ def dpp_of(column: Column, diagonal: Tensor, count: int, block: int) -> Tensor:
 def _set(column: Column, diagonal: Tensor, taken: Tensor, count: int) -> tuple[Tensor, Sequence[int]]:
     """Up to `count` choices (B, count) in kernels of diagonal (B, n), and how many of them are of positive determinant."""
     batch, n = diagonal.shape
-    left, every = diagonal.masked_fill(taken, -math.inf), torch.arange(batch, device=diagonal.device)
-    floor = _RANK * diagonal.amax(1)
-    factor, order = diagonal.new_empty((batch, count, n)), []
-    length = torch.full((batch,), count, device=diagonal.device)
+    left, floor = diagonal.masked_fill(taken, -math.inf), _RANK * diagonal.amax(1, keepdim=True)
+    factor, order, values = diagonal.new_empty((batch, count, n)), [], []
     for step in range(count):
-        best = left.argmax(1)
-        value = left[every, best]
-        if step:
-            length = torch.where(value <= floor, length.clamp(max=step), length)
-            if batch == 1 and int(length) == step:
-                break
-        factor[:, step] = column(best, left) - _known(factor, step, best, every)
-        factor[:, step] /= torch.maximum(value, floor).clamp_min(1e-300).sqrt()[:, None]
-        left = left - factor[:, step] ** 2
-        left[every, best] = -math.inf
+        best = left.argmax(1, keepdim=True)
+        value = left.gather(1, best)
+        if batch == 1 and step and bool(value <= floor):
+            return torch.cat(order, 1), [step]
+        row = column(best[:, 0], left) - _known(factor, step, best)
+        row /= torch.maximum(value, floor).clamp_min(1e-300).sqrt()
+        factor[:, step] = row
+        left.sub_(row * row).scatter_(1, best, -math.inf)
         order.append(best)
-    return torch.stack(order, 1), length.tolist()
+        values.append(value)
+    # Sets that are made together go on behind their end, which costs nothing, and are cut there.
+    ended = torch.cat(values, 1) <= floor
+    ended[:, 0] = False
+    return torch.cat(order, 1), torch.where(ended.any(1), ended.int().argmax(1), count).tolist()
 
 
-def _known(factor: Tensor, step: int, best: Tensor, every: Tensor) -> Tensor:
-    """(B, n) what the rows chosen so far say of the chosen column.
+def _known(factor: Tensor, step: int, best: Tensor) -> Tensor:
+    """(B, n) what the rows chosen so far say of the chosen columns `best` (B, 1).
 
     A sum over rows adds every column in the same order, so equal rows keep equal residuals; a matrix product may not. In blocks
     of columns that stay in a cache: memory is what bounds it.
     """
-    weight = factor[every, :step, best][..., None]
+    weight = factor[:, :step].gather(2, best[:, None].expand(-1, step, -1))
     width = max(64, 2**17 // max(1, step * len(factor)) // 64 * 64)
     return torch.cat([(part * weight).sum(1) for part in factor[:, :step].split(width, 2)], 1)
