@@ -44,6 +44,8 @@ def judged(rank: int, world: int, per_node: int | None, cases: list[Case], secon
     """A probe, and for each case what auto modelled and chose, and every dispatcher's seconds in every turn."""
     group = dist.group.WORLD
     topology, found = Topology.probe(group), []
+    if per_node is None and topology.intra is not None:
+        per_node = topology.intra.world  # nodes that the probe found, as auto takes them
     options = {"num_experts": EXPERTS, "ep_group": group, "ranks_per_node": per_node}
     names = ["dedup", "allgather", *(["hierarchical"] if per_node else []), "alltoall"]
     for tokens, topk in cases:

@@ -55,7 +55,8 @@ class Auto(Dispatcher):
         self._hierarchical = Hierarchical(ranks_per_node=ranks_per_node, **options)
         self.chosen: Dispatcher | None = None
         self.seconds: dict[str, float] = {}
-        """Modelled seconds of one dispatch of 1,024 tokens a rank and its combine, by name, once chosen."""
+        """Modelled seconds of one dispatch of 1,024 tokens a rank and its combine, by name, once chosen; what all dispatchers have
+        in common (rows into the experts' order and back) is left out."""
 
     def stages(self) -> list[Stage]:
         """Those of the chosen dispatcher."""
