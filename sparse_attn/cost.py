@@ -4,7 +4,8 @@
     stripes   anchor pairs, which small pieces slow + kept candidate pairs + the test's products + rows gathered + calls
 
 The constants are ratios, measured on one core of an x86 processor with 512-bit vectors (float32, D = 64, torch's flash operator
-at 0.32 pairs a nanosecond); they decide when to fall back, and never what is computed.
+at 0.30 pairs a nanosecond; `python -m benchmarks.sparse_cost` measures them again and sets whole calls beside what they promise);
+they decide when to fall back, and never what is computed.
 """
 
 from __future__ import annotations
@@ -20,16 +21,22 @@ HEAD_DIM = 64
 """Of the measured pairs: calls weigh less beside pairs of more dims."""
 WHOLE_CALL = 1_000_000.0
 """What every sparse call costs before its first group, the sample included: about three milliseconds."""
-GROUP = 60_000.0
-"""A group's share of identification and merge, whatever its heads: about 200 microseconds."""
+GROUP = 30_000.0
+"""A group's share of identification, whatever its heads: about 100 microseconds."""
 ANCHOR_PAIR = 1.6
-"""A pair of an anchor region: its pieces are small, and read keys past the diagonal."""
-CALL = 15_000.0
-"""A list's gather and operator call: about 50 microseconds."""
-GATHERED_ROW = 6.0
-"""A row of keys and values copied: 19 ns."""
+"""A pair of an anchor region: its pieces are small, and read keys past the diagonal. 1.5 at 16,384 tokens, 2.1 at 8,192."""
+KEPT_PAIR = 1.09
+"""A pair of phase 3, without what follows: its row's gathering and its list's calls."""
+CALL = 28_000.0
+"""A list of phase 3, whatever its length: about 90 microseconds."""
+LISTS_TESTED = 5
+"""Calls' worth of a list that `rescore` tests: choosing, gathering and testing its keys, twice."""
+GATHERED_ROW = 12.0
+"""A row of keys and values copied from all over memory: 40 ns."""
 PRODUCT = 0.45
-"""A product tested in the inputs' dtype, beside the two products and the exponential of attention."""
+"""A product with a mean query, in the inputs' dtype, beside the two products and the exponential of attention."""
+TESTED = 0.23
+"""A product of rows and keys and its test, in bfloat16 where the processor multiplies it; else as `PRODUCT`."""
 WORTH = 0.7
 """Stripes run where the model promises this share of dense or less: it leaves out cache misses and the sample's own time."""
 SAMPLE_COLUMNS = 512
@@ -57,8 +64,8 @@ def sparse_cost(
     """
     groups = sum(1 for g in geometry.groups if g.candidate_keys)
     gathered = lists * kept * geometry.candidate_pairs / max(1, geometry.rows) * GATHERED_ROW
-    work = ANCHOR_PAIR * geometry.anchor_pairs + kept * geometry.candidate_pairs
-    each = 3 * CALL if config.identify == "rescore" else CALL
+    work = ANCHOR_PAIR * geometry.anchor_pairs + KEPT_PAIR * kept * geometry.candidate_pairs
+    each = (1 + LISTS_TESTED) * CALL if config.identify == "rescore" else CALL
     calls = (WHOLE_CALL + groups * GROUP) / max(1, heads) + groups * lists * each
     return work + gathered + test_cost(geometry, config, kept, passed) + calls * HEAD_DIM / dim
 
@@ -67,13 +74,14 @@ def test_cost(geometry: Geometry, config: AnchorConfig, kept: float, passed: flo
     """Pairs of one head that identification costs. What is kept is mostly found by the rows that ask first."""
     pairs = geometry.candidate_pairs
     left = max(0.0, passed - kept) * (EARLY - 1) / EARLY
+    tested = TESTED if config.scores == "auto" else PRODUCT
     shares = {
-        "pooled": 2 / geometry.block,
-        "lse": 2 / geometry.block,
-        "rescore": 4 / config.box + passed / EARLY + left,
-        "every": 1.0,
+        "pooled": PRODUCT * 2 / geometry.block,
+        "lse": PRODUCT * 2 / geometry.block,
+        "rescore": tested * (4 / config.box + passed / EARLY + left),
+        "every": tested,
     }
-    return PRODUCT * shares[config.identify] * pairs
+    return shares[config.identify] * pairs
 
 
 def groups_for(length: int) -> tuple[int, int]:

@@ -67,8 +67,10 @@ def columns_of(kept: Tensor, group: Group, share: str, kv_heads: int, keep: Tens
         kept[:, within(keep, group.candidates) - group.candidates[0]] = False
     if share == "key":
         kept = kept.unflatten(0, (kv_heads, -1)).any(1)
-    found = (torch.nonzero(kept)[:, 1] + group.candidates[0]).to(torch.int32)
-    return list(found.split(kept.sum(1).tolist()))
+    found, heads = kept.flatten().nonzero()[:, 0], len(kept)
+    edges = torch.arange(1, heads, device=kept.device) * kept.shape[1]
+    lists = found.tensor_split(torch.searchsorted(found, edges).tolist())
+    return [(x + (group.candidates[0] - n * kept.shape[1])).to(torch.int32) for n, x in enumerate(lists)]
 
 
 def find_stripes(

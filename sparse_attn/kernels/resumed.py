@@ -68,18 +68,18 @@ class Resumed:
         wide = TILE_BYTES // (q.element_size() * tall)
         total = self._held(0, split, count, self.values.x.shape[3])
         sums = q.new_zeros(split, count, 1)
+        keys, values = (x.gathered(entry, key_head, columns).expand(split, -1, -1) for x in (self.keys, self.values))
         for first in range(0, len(columns), wide):
-            some = columns[first : first + wide]
-            keys, values = (x.gathered(entry, key_head, some).expand(split, -1, -1) for x in (self.keys, self.values))
+            some = slice(first, first + wide)
             for row in range(0, count, tall):
                 here = slice(row, row + tall)
-                scores = self._held(1, split, min(tall, count - row), len(some))
+                scores = self._held(1, split, min(tall, count - row), min(wide, len(columns) - first))
                 if base is None:
-                    torch.bmm(q[:, here], keys.mT, out=scores)
+                    torch.bmm(q[:, here], keys[:, some].mT, out=scores)
                 else:
-                    torch.sub(torch.bmm(q[:, here], keys.mT, out=scores), base[:, here], out=scores)
+                    torch.sub(torch.bmm(q[:, here], keys[:, some].mT, out=scores), base[:, here], out=scores)
                 sums[:, here] += scores.exp2_().sum(-1, keepdim=True)
-                total[:, here].baddbmm_(scores, values, beta=min(first, 1))
+                total[:, here].baddbmm_(scores, values[:, some], beta=min(first, 1))
         return total, sums
 
     def _held(self, number: int, *shape: int) -> Tensor:
