@@ -63,13 +63,20 @@ def best_groups(scores: Tensor, topk: int, num_groups: int, group_topk: int) -> 
     return chosen.unsqueeze(-1).expand_as(grouped).reshape(scores.shape)
 
 
-def forced(tokens: int, num_experts: int, topk: int, kind: str, generator: torch.Generator | None) -> Tensor:
+def forced(
+    tokens: int,
+    num_experts: int,
+    topk: int,
+    kind: str,
+    generator: torch.Generator | None,
+    device: torch.device | None = None,
+) -> Tensor:
     """(T, k) expert ids that ignore the data: "random" draws k of E evenly, "even" loads all experts alike.
 
     >>> forced(3, 6, 2, "even", None).tolist()
     [[0, 3], [1, 4], [2, 5]]
     """
     if kind == "random":
-        return torch.rand(tokens, num_experts, generator=generator).argsort(dim=-1)[:, :topk]
-    first = torch.arange(tokens).unsqueeze(1)
-    return (first + torch.arange(topk) * num_experts // topk) % num_experts
+        return torch.rand(tokens, num_experts, generator=generator, device=device).argsort(dim=-1)[:, :topk]
+    first = torch.arange(tokens, device=device).unsqueeze(1)
+    return (first + torch.arange(topk, device=device) * num_experts // topk) % num_experts

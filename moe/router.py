@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from moe import balance, capacity, choice
 from tokenring.transport import connect
+
+COEFFICIENTS = ("bias_rate", "aux_loss", "sequence_loss", "global_loss", "z_loss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +71,13 @@ class RouterConfig:
             (1 <= self.group_topk <= self.num_groups, "group_topk", f"1 to num_groups={self.num_groups}"),
             (self.drop_over in ("rank", "sequence"), "drop_over", "rank or sequence"),
             (self.drop_by in capacity.DROPS, "drop_by", "probability or position"),
-            (self.capacity_factor is None or self.capacity_factor > 0, "capacity_factor", "a number above 0, or None"),
+            (
+                self.capacity_factor is None or 0 < self.capacity_factor < math.inf,
+                "capacity_factor",
+                "a number above 0, or None",
+            ),
+            (0 < self.scale < math.inf, "scale", "a number above 0"),
+            *((0 <= getattr(self, name) < math.inf, name, "a number of at least 0") for name in COEFFICIENTS),
             (0 <= self.jitter < 1, "jitter", "0 up to, not with, 1"),
             (self.force in (None, "random", "even"), "force", "None, random or even"),
             (self.dtype.is_floating_point, "dtype", "a floating-point dtype"),
@@ -213,7 +222,7 @@ class Router(nn.Module):
     def _choose(self, scores: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         cfg = self.config
         if cfg.force is not None:
-            ids = choice.forced(scores.shape[0], cfg.num_experts, cfg.topk, cfg.force, generator).to(scores.device)
+            ids = choice.forced(scores.shape[0], cfg.num_experts, cfg.topk, cfg.force, generator, scores.device)
             weights = scores.gather(1, ids)
             if cfg.normalize and cfg.topk > 1:
                 weights = balance.normalised(weights)
