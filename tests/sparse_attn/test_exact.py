@@ -113,6 +113,19 @@ def test_a_stripe_may_outweigh_the_anchor_region_by_any_factor(dtype: torch.dtyp
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-4, rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("offset", [-2000.0, -200.0, 45.0, 200.0, 2000.0])
+def test_scores_may_lie_anywhere(dtype: torch.dtype, offset: float) -> None:
+    """Every score of every other row is moved by as much: a softmax of moved scores is what it was."""
+    q, k, v = random_qkv(1, 200, 2, 1, 16, dtype, seed=7)
+    q[..., 0], q[:, ::2, :, 0], k[..., 0] = 0.0, 1.0, 4 * offset
+    out, lse, _ = through_stripes(q, k, v, small(identify="pooled"))
+    expected, expected_lse = dense_attention(q, k, v, causal(200, 200))
+    rounding = 4 * torch.finfo(dtype).eps * max(1.0, abs(offset))
+    torch.testing.assert_close(out.double(), expected, atol=4 * rounding, rtol=0)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=rounding, rtol=0)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_chunks_that_end_at_groups_equal_one_call(method: str) -> None:
     q, k, v = random_qkv(1, 200, 4, 2, 16, torch.float64, seed=9)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sparse_attn import AnchorConfig, StripePlan, plan
+from sparse_attn.identify.products import reached, reached_early
 from tests.oracle import random_qkv
 
 BLOCK, STEP = 8, 4
@@ -128,6 +129,26 @@ def test_heads_have_thetas_of_their_own() -> None:
     both = plan(q, k, config=config((0.5, 3.0), "rescore"))
     for head, theta in enumerate((0.5, 3.0)):
         assert as_sets(both, head) == as_sets(plan(q, k, config=config(theta, "rescore")), head)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_head_may_keep_all_or_nothing(method: str, dtype: torch.dtype) -> None:
+    q, k, _ = random_qkv(1, 205, 2, 1, 16, dtype)
+    both = plan(q, k, config=config((math.inf, -math.inf), method))
+    for number, group in enumerate(both.geometry.groups):
+        assert both.columns(number, 0, 0).tolist() == list(range(*group.candidates))
+        assert both.columns(number, 0, 1).tolist() == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_rows_that_ask_first_change_nothing(dtype: torch.dtype) -> None:
+    make = torch.Generator().manual_seed(0)
+    rows, keys = (torch.randn(n, 12, generator=make, dtype=torch.float64).to(dtype) for n in (45, 300))
+    rows[:, -1], keys[:, -1] = -9.0, 1.0
+    found = reached_early(rows, keys)
+    assert torch.equal(found, (rows.double() @ keys.double().T >= 0).any(0)) and 0.1 < found.double().mean() < 0.9
+    assert torch.equal(found, reached(rows[None], keys)[0])
 
 
 def test_columns_ascend_and_precede_their_group() -> None:
