@@ -162,32 +162,71 @@ def into_readme(path: Path, text: str) -> None:
     path.write_text(whole[:first] + "\n" + text + "\n" + whole[last:])
 
 
+def arguments() -> argparse.ArgumentParser:
+    """What the command takes."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.token_reduction",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--frames", type=int, default=17, help="of each clip (17)")
+    add("--ratio", type=float, default=0.1, help="share of the tokens that is kept (0.1)")
+    add("--queries", type=int, default=32, help="crops of each clip whose frame is looked for (32)")
+    add("--methods", nargs="*", metavar="METHOD", help="rows of the table besides the baselines; all unless told")
+    add("--threads", type=int, help="of torch; the table, which counts CPU seconds, has 1 unless told")
+    add("--out", type=Path, metavar="FILE", help="write the figures there as JSON")
+    add("--readme", type=Path, metavar="FILE", help="put the table between its marks in this file")
+    add(
+        "--pictures",
+        type=Path,
+        metavar="DIR",
+        help="kept tokens over frames (PNG animation) and tokens per frame (text)",
+    )
+    add("--text-frames", type=int, default=8, help="frames with four words each for the OCR column (8)")
+    add("--only-words", action="store_true", help="the OCR column alone, for --words")
+    add("--words", type=Path, metavar="FILE", help="take the OCR column from a file of --only-words")
+    add(
+        "--scale",
+        action="store_true",
+        help="100,000 tokens at once, selections of a real clip, refusals of an hour at once",
+    )
+    add(
+        "--hour",
+        nargs="*",
+        metavar="METHOD",
+        help="an hour of video in a stream, each method in its process; needs --out",
+    )
+    add("--hour-frames", type=int, default=scale.HOUR, help="frames of that hour (3600); fewer to try it")
+    add("--batch", nargs="*", metavar="METHOD", help="many items at once beside one by one; needs --out")
+    add(
+        "--run", nargs="*", metavar="METHOD", help="32 frames through `tokenring run`: selection and prefill (divprune)"
+    )
+    add("--select", nargs="*", metavar="METHOD", help="every method's selection on the tokens of that run")
+    add("--repeat", type=int, default=3, help="turns of --run (3)")
+    return parser
+
+
+def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse what could only fail later."""
+    if (options.hour is not None or options.batch is not None) and options.out is None:
+        parser.error("--hour and --batch write a file of figures; give --out FILE")
+    if options.readme and options.methods:
+        parser.error("--readme shows every method; leave --methods out")
+    for name in (
+        name for part in ("methods", "hour", "batch", "run", "select") for name in getattr(options, part) or ()
+    ):
+        if name not in methods():
+            parser.error(f"there is no method {name!r}; methods are {', '.join(methods())}")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--frames", type=int, default=17)
-    parser.add_argument("--ratio", type=float, default=0.1)
-    parser.add_argument("--queries", type=int, default=32)
-    parser.add_argument("--methods", nargs="*")
-    parser.add_argument("--threads", type=int, help="of torch; the table, which counts CPU seconds, has 1 unless told")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--readme", type=Path)
-    parser.add_argument("--pictures", type=Path)
-    parser.add_argument("--text-frames", type=int, default=8, help="frames with four words each for the OCR column")
-    parser.add_argument("--only-words", action="store_true", help="the OCR column alone, for --words")
-    parser.add_argument("--words", type=Path, metavar="FILE", help="take the OCR column from a file of --only-words")
-    parser.add_argument("--scale", action="store_true")
-    parser.add_argument("--hour", nargs="*", metavar="METHOD")
-    parser.add_argument("--hour-frames", type=int, default=scale.HOUR, help="fewer, to try it")
-    parser.add_argument("--batch", nargs="*", metavar="METHOD")
-    parser.add_argument("--run", nargs="*", metavar="METHOD")
-    parser.add_argument("--select", nargs="*", metavar="METHOD")
-    parser.add_argument("--repeat", type=int, default=3)
+    parser = arguments()
     options = parser.parse_args()
+    check(parser, options)
     table_only = not options.scale and options.hour is options.run is options.select is None
     if options.threads or table_only:
         torch.set_num_threads(options.threads or 1)
-    if (options.hour is not None or options.batch is not None) and options.out is None:
-        parser.error("--hour and --batch write a file of figures; give --out FILE")
     if options.hour is not None:
         hour.measure(options.out, options.hour, options.hour_frames)
         return

@@ -93,14 +93,14 @@ def _set(column: Column, diagonal: Tensor, taken: Tensor, count: int) -> tuple[T
     """Up to `count` choices (B, count) in kernels of diagonal (B, n), and how many of them are of positive determinant."""
     batch, n = diagonal.shape
     left, floor = diagonal.masked_fill(taken, -math.inf), _RANK * diagonal.amax(1, keepdim=True)
-    factor, order, values = diagonal.new_empty((batch, count, n)), [], []
+    factor, order, values, least = diagonal.new_empty((batch, count, n)), [], [], floor.clamp_min(1e-300)
     for step in range(count):
         best = left.argmax(1, keepdim=True)
         value = left.gather(1, best)
         if batch == 1 and step and bool(value <= floor):
             return torch.cat(order, 1), [step]
         row = column(best[:, 0], left) - _known(factor, step, best)
-        row /= torch.maximum(value, floor).clamp_min(1e-300).sqrt()
+        row /= torch.maximum(value, least).sqrt()
         factor[:, step] = row
         left.sub_(row * row).scatter_(1, best, -math.inf)
         order.append(best)
@@ -119,4 +119,5 @@ def _known(factor: Tensor, step: int, best: Tensor) -> Tensor:
     """
     weight = factor[:, :step].gather(2, best[:, None].expand(-1, step, -1))
     width = max(64, 2**17 // max(1, step * len(factor)) // 64 * 64)
-    return torch.cat([(part * weight).sum(1) for part in factor[:, :step].split(width, 2)], 1)
+    parts = [(part * weight).sum(1) for part in factor[:, :step].split(width, 2)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
