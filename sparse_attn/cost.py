@@ -29,8 +29,8 @@ KEPT_PAIR = 1.09
 """A pair of phase 3, without what follows: its row's gathering and its list's calls."""
 CALL = 28_000.0
 """A list of phase 3, whatever its length: about 90 microseconds."""
-LISTS_TESTED = 5
-"""Calls' worth of a list that `rescore` tests: choosing, gathering and testing its keys, twice."""
+LISTS_TESTED = 2
+"""Calls' worth of a list that `rescore` tests: choosing, gathering and testing its keys. Groups of 256 rows take more."""
 GATHERED_ROW = 12.0
 """A row of keys and values copied from all over memory: 40 ns."""
 PRODUCT = 0.45
