@@ -25,9 +25,8 @@ def fixed_mean(x: Tensor) -> Tensor:
     largest = torch.maximum(x.amax((-2, -1), keepdim=True), -x.amin((-2, -1), keepdim=True))
     exponent = torch.frexp(largest.double()).exponent
     scale = _power(torch.clamp(min(52, 61 - n.bit_length()) - exponent.long(), max=900))
-    total = torch.zeros((*x.shape[:-2], x.shape[-1]), dtype=torch.int64, device=x.device)
-    for first, last in blocks(n, x[..., 0, :].numel(), x.device):
-        total += (x[..., first:last, :].double() * scale).round_().to(torch.int64).sum(-2)
+    cuts = blocks(n, x.numel() // n, x.device)
+    total = sum((x[..., i:j, :].double() * scale).round_().to(torch.int64).sum(-2) for i, j in cuts)
     return total.double() / scale[..., 0] / n
 
 

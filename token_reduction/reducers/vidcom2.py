@@ -46,7 +46,7 @@ class VidCom2(UnitReducer):
         x = torch.nn.functional.normalize(x.gather(2, calm[:, None].expand(-1, x.shape[1], -1)), dim=-1)
         video_centre, x = fixed_mean(x)[:, None, None], x.unflatten(1, (t, h * w))
         video = _likeness(x, video_centre)
-        score = -(video + _likeness(x, fixed_mean(x)[:, :, None]))
+        score = -(video + (video if t == 1 else _likeness(x, fixed_mean(x)[:, :, None])))
         p = torch.softmax(-video.mean(2) / self.temperature, 1)
         wanted = (1 + p - p.mean(1, keepdim=True)).tolist()
         shares = [_none_empty(apportion(count, frames, [h * w] * t)) for frames in wanted]
