@@ -122,6 +122,9 @@ class EngineConfig(Section):
     """cpu, cuda, or auto: cuda where there is one for every rank."""
     threads: int | None = option("--threads", None)
     """CPU threads of each rank; left out: cores divided by the ranks on the machine."""
+    topology: str | None = option("--topology", None)
+    """The links between the ranks, by which auto schedules and dispatchers choose: probe (measured once the model is loaded,
+    some seconds) or a file of Topology.save; left out: bytes decide."""
     timeout_seconds: float | None = option("--timeout", None)
     """Seconds after which the whole run is stopped with exit code 124; left out: no limit."""
     exchange_timeout_seconds: float = option(None, 600.0)
@@ -140,6 +143,8 @@ class EngineConfig(Section):
         self.one_of("ray_strategy", RAY_STRATEGIES)
         self.within("nproc", 1)
         self.within("threads", 1)
+        if self.topology == "":
+            raise self.refuse("topology", "give probe, or the name of a file of Topology.save")
         for name in ("timeout_seconds", "exchange_timeout_seconds", "ray_wait_seconds"):
             self.within(name, 0, open_low=True)
         if self.name != "ray":

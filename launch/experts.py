@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from launch.config import RunConfig
 from launch.errors import ConfigError
+from launch.links import check_part, links_between
 from launch.models import DEMOS
 from launch.models.base import Adapter
 from launch.models.expert_block import ExpertBlock, ExpertLayer
@@ -27,6 +28,7 @@ from launch.models.files import language_config
 from moe import Folding
 from moe.dispatch import MoETraffic
 from moe.folding_groups import FoldingGroups
+from tokenring.topology import Topology
 from tokenring.transport import Transport, connect
 
 if TYPE_CHECKING:
@@ -120,7 +122,8 @@ def check_experts(config: RunConfig, text: Mapping[str, Any]) -> None:
     """Refuse experts' settings that a model of this configuration cannot use. Raises ConfigError."""
     sizes = sizes_of(config, text)
     if sizes is not None:
-        folding_of(config, sizes)
+        folding = folding_of(config, sizes)
+        check_part(config, folding.ep * folding.etp)
 
 
 def node_size(hosts: Sequence[int], block: int, etp: int) -> int | None:
@@ -149,14 +152,19 @@ class Experts:
     moved: MoETraffic | None = field(default=None, repr=False)
 
     @classmethod
-    def spread(cls, adapter: Adapter, config: RunConfig, group: Any, runtime: Transport) -> Experts | None:
-        """Collective over all ranks of the run's group: leave each with its own experts. None where the model has none."""
+    def spread(
+        cls, adapter: Adapter, config: RunConfig, group: Any, runtime: Transport, links: Topology | None = None
+    ) -> Experts | None:
+        """Collective over all ranks of the run's group: leave each with its own experts. None where the model has none.
+
+        links: between all ranks.
+        """
         sizes = sizes_of(config, adapter.text_model.config.to_dict())
         if sizes is None:
             return None
         folding = folding_of(config, sizes)
         groups = folding.create_groups(group=group) if folding.ep * folding.etp > 1 else None
-        block = _block(config, sizes, folding, groups, runtime)
+        block = _block(config, sizes, folding, groups, runtime, links)
         keep_whole = config.output.verify and runtime.rank == 0
         return cls(folding, block, adapter.spread_experts(block, keep_whole), runtime, groups)
 
@@ -205,7 +213,12 @@ class Experts:
 
 
 def _block(
-    config: RunConfig, sizes: ExpertSizes, folding: Folding, made: FoldingGroups | None, runtime: Transport
+    config: RunConfig,
+    sizes: ExpertSizes,
+    folding: Folding,
+    made: FoldingGroups | None,
+    runtime: Transport,
+    links: Topology | None,
 ) -> ExpertBlock:
     moe, size = config.moe, folding.ep * folding.etp
     groups: dict[str, Any] = {}
@@ -218,6 +231,9 @@ def _block(
             host = torch.tensor([zlib.crc32(socket.gethostname().encode())], device=runtime.device)
             hosts = runtime.all_gather(host, same_shape=True, control=True)
             per_node = node_size([int(one) for one in hosts], size, folding.etp)
+        if moe.dispatcher == "auto" and links is not None:
+            check_part(config, size)
+            groups["topology"] = links if size == folding.world else links_between(config, made["etp-ep"])
     return ExpertBlock(
         experts=sizes.experts,
         topk=sizes.topk,

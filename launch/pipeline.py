@@ -19,6 +19,7 @@ from launch.config import RunConfig
 from launch.errors import ConfigError
 from launch.experts import Experts, own_experts
 from launch.generate import Answer, write
+from launch.links import links_between
 from launch.models import load
 from launch.models.base import Adapter, Prompt, VisualPlan
 from launch.preflight import cut_windows, method_of, planned_frames, refuse_blind
@@ -64,7 +65,8 @@ class _Run:
         stages.log.stage("load")
         with stages.span("load"):
             self.adapter = _load(config, own_experts(config, runtime.rank))
-            self.experts = Experts.spread(self.adapter, config, group, runtime)
+            self.links = links_between(config, group)
+            self.experts = Experts.spread(self.adapter, config, group, runtime, self.links)
             self.sparse = SparseRun(config) if config.attention.kind == "anchor" else None
             self.frames = planned_frames(config.video)
         self.started = stages.log.clock()
@@ -81,7 +83,8 @@ class _Run:
             self.experts.close()
         compared = self.verify(short, kept, who, layout, answer) if self.config.output.verify else None
         return RankRecord(
-            schedule=self.sparse.path if self.sparse else _schedule(adapter, layout, self.config),
+            schedule=self.sparse.path if self.sparse else self.schedule(layout),
+            links=None if self.links is None else self.links.to_dict(),
             attention=None if self.sparse is None else self.sparse.record(),
             frames=plan.frames,
             tokens_before=plan.tokens,
@@ -156,12 +159,23 @@ class _Run:
 
         cache = SpreadCache(layout, self.runtime)
         generate, keep = self.config.generate, self.config.output.verify
-        spread_model = sequence_parallel(self.adapter.text_model, self.runtime, layout, self.config.attention.schedule)
+        spread_model = sequence_parallel(
+            self.adapter.text_model, self.runtime, layout, self.config.attention.schedule, topology=self.links
+        )
         with spread_model, self.sparse.prefill(self.adapter, short) if self.sparse else nullcontext():
             answer = write(
                 self.adapter, part, layout, short.next_position, cache, generate, self.runtime, self.stages, keep=keep
             )
         return answer, cache
+
+    def schedule(self, layout: Layout) -> str:
+        """The schedule that prefill ran: what "auto" comes to for this model, layout and links."""
+        model, dtype = self.adapter.text_model.config, getattr(torch, self.config.model.dtype)
+        heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+        dim = getattr(model, "head_dim", None) or model.hidden_size // heads
+        shape = AttentionShape(1, layout.total, layout.total, heads, kv_heads, dim, dtype=dtype)
+        name = self.config.attention.schedule
+        return attention_plan(name, world=layout.world, shape=shape, layout=layout, topology=self.links).schedule
 
     def verify(
         self, short: Prompt, kept: Kept, who: Ownership, layout: Layout, answer: Answer
@@ -197,17 +211,6 @@ def _visual_plan(adapter: Adapter, frames: FramePlan) -> VisualPlan:
         return adapter.visual_plan(len(frames), *frames.size)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def _schedule(adapter: Adapter, layout: Layout, config: RunConfig) -> str:
-    """The schedule that prefill ran: what "auto" comes to for this model and layout."""
-    model = adapter.text_model.config
-    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
-    dim = getattr(model, "head_dim", None) or model.hidden_size // heads
-    shape = AttentionShape(
-        1, layout.total, layout.total, heads, kv_heads, dim, dtype=getattr(torch, config.model.dtype)
-    )
-    return attention_plan(config.attention.schedule, world=layout.world, shape=shape, layout=layout).schedule
 
 
 def _context_warning(adapter: Adapter, short: Prompt, written: int) -> list[str]:

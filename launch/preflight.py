@@ -14,6 +14,7 @@ from launch.assets import SOURCES, demo_dir, find
 from launch.config import ReduceConfig, RunConfig, VideoConfig
 from launch.errors import ConfigError
 from launch.experts import check_experts
+from launch.links import links_of_file
 from launch.models import DEMOS, TEXT_FAMILIES, channels_of, check
 from launch.models.base import VisualPlan
 from launch.models.files import language_config, read_json
@@ -43,6 +44,7 @@ def preflight(config: RunConfig) -> Preflight:
     Raises:
         ValueError: one line that says what was given, what is allowed and how to mend it.
     """
+    links_of_file(config)
     check_name(config.attention.schedule, config.engine.nproc, backward=False)
     family = check(config.model.source)
     check_experts(config, _language_config(config, family))

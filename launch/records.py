@@ -43,6 +43,8 @@ class RankRecord:
     """cpu, cores, memory_bytes, device, torch, python of that machine."""
     schedule: str = ""
     """The attention schedule that ran (what `auto` chose); "anchor" where layers prefilled sparsely."""
+    links: dict[str, Any] | None = None
+    """What was known of the links between the ranks (`tokenring.Topology.to_dict`)."""
     attention: dict[str, Any] | None = None
     """What `launch.sparse.SparseRun.record` gives, with sparse prefill."""
     frames: int = 0
@@ -135,6 +137,7 @@ def merge(
             "ranks": len(ordered),
             "engine": engine,
             "schedule": first.schedule,
+            "links": first.links,
             "frames": first.frames,
             "tokens_before": first.tokens_before,
             "tokens_after": first.tokens_after,

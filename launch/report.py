@@ -91,12 +91,18 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
+def _known_links(report: Mapping[str, Any]) -> str:
+    """What `auto` knew of the links, where it was told."""
+    links = report.get("links")
+    return f", links known as a {links['kind']} of {links['gbytes_per_s']:.3g} GB/s a link" if links else ""
+
+
 def _summary(report: Mapping[str, Any]) -> Lines:
     before, after = report["tokens_before"], report["tokens_after"]
     share = f" ({after / before:.1%} kept)" if before else ""
     seconds = report["seconds"]
     lines = [
-        f"{_plural(report['ranks'], 'rank')} by {report['engine']}, schedule {report['schedule']}",
+        f"{_plural(report['ranks'], 'rank')} by {report['engine']}, schedule {report['schedule']}{_known_links(report)}",
         *(_machine(machine) for machine in report["hardware"]),
         f"{_plural(report['frames'], 'frame')}, {before:,} visual tokens before reduction, {after:,} after{share}",
         f"{_plural(len(report['generated_ids']), 'token')} written",

@@ -26,6 +26,8 @@ class ExpertBlock:
     """A name of `moe.build_dispatcher`."""
     ranks_per_node: int | None = None
     """As there."""
+    topology: Any = None
+    """As there: links between the ranks of the EP x ETP block, for "auto"."""
     chunks: int = 1
     """As in `moe.MoELayer`."""
     seed: int = 0

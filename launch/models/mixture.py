@@ -33,6 +33,7 @@ class HeldExperts:
             ep_group=block.ep_group,
             etp_group=block.etp_group,
             ranks_per_node=block.ranks_per_node,
+            topology=block.topology,
         )
         self.prefill_tokens = torch.zeros(self.sender.local_experts, dtype=torch.int64)
         """(E_local,): tokens that came to each expert held here in the first pass, the prefill."""

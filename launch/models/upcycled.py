@@ -43,6 +43,7 @@ class SpreadLayer(nn.Module):
             etp_group=block.etp_group,
             dispatcher=block.dispatcher,
             ranks_per_node=block.ranks_per_node,
+            topology=block.topology,
             chunks=block.chunks,
             dtype=up.dtype,
             device="meta",  # nothing is drawn that the dense weights replace

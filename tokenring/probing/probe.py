@@ -71,7 +71,9 @@ def probe(group: Any, *, seconds: float = 2.0, timeout_seconds: float = 60.0, co
     runtime = connect(group)
     before, runtime.timeout_seconds = runtime.timeout_seconds, timeout_seconds
     try:
-        return _Probe(runtime, seconds).topology(compute)
+        # backward passes are timed too, also for a caller who computes none
+        with torch.inference_mode(False), torch.enable_grad():
+            return _Probe(runtime, seconds).topology(compute)
     finally:
         runtime.timeout_seconds = before
 
