@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_attn.arguments import check, kept_rows, packed
+from sparse_attn.arguments import check, configuration, kept_rows, packed
 from sparse_attn.autograd import Gradients, answer, differentiable
 from sparse_attn.config import AnchorConfig
 from sparse_attn.gradients import gradients
@@ -22,8 +22,6 @@ from tokenring import Layout, Mask
 
 Numbers = Any
 """A list of whole numbers or an integer tensor."""
-
-DEFAULT = AnchorConfig()
 
 
 def anchor_attention(
@@ -145,6 +143,8 @@ def execute(
     >>> torch.allclose(execute(found, q, k, v), anchor_attention(q, k, v, plan=found))
     True
     """
+    if plan is None:
+        raise ValueError("execute got no plan; make one with sparse_attn.plan, or call anchor_attention")
     return anchor_attention(q, k, v, plan=plan, scale=scale, kernel=kernel, return_lse=return_lse)
 
 
@@ -168,10 +168,11 @@ def _prepared(
         told = [name for name, value in given.items() if value is not None] + (["mask"] if mask != "causal" else [])
         if told:
             raise ValueError(f"got plan= and {', '.join(told)}=; a plan says these itself: leave them out")
+        if not isinstance(plan, StripePlan):
+            raise ValueError(f"plan is a {type(plan).__name__}; give what sparse_attn.plan or a baseline returns")
         plan.check(q, k)
         return Run(plan.geometry, AnchorConfig(), scale, kernel, plan.keep, plan, Stats())
-    config = DEFAULT if config is None else config
-    cuts = tuple(x if x is None else tuple(map(int, x)) for x in packed(mask, cu_seqlens, kv_cu_seqlens))
+    config, cuts = configuration(config), packed(mask, cu_seqlens, kv_cu_seqlens)
     known = opening(q.shape, k.shape, v.shape[3], cuts, config, q.device, threads_of(q))
     return Run(known.geometry, config, scale, kernel, kept_rows(keep, k), known.plan, Stats(), known.sample, known.why)
 

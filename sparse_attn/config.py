@@ -64,10 +64,12 @@ class AnchorConfig:
         if isinstance(self.theta, list):
             object.__setattr__(self, "theta", tuple(self.theta))
         thetas = self.theta if isinstance(self.theta, tuple) else (self.theta,)
-        if not thetas or any(not isinstance(t, Real) or math.isnan(t) for t in thetas):
+        if not thetas or any(isinstance(t, bool) or not isinstance(t, Real) or math.isnan(t) for t in thetas):
             raise ValueError(
                 f"theta is {self.theta!r}; give a number (infinity keeps all columns) or one per query head"
             )
+        plain = tuple(float(t) for t in thetas)  # numpy's numbers cannot be written as JSON
+        object.__setattr__(self, "theta", plain if isinstance(self.theta, tuple) else plain[0])
 
     @classmethod
     def paper(cls) -> AnchorConfig:

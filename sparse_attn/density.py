@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn.anchor import pattern_based_anchor
+from sparse_attn.arguments import configuration
 from sparse_attn.config import AnchorConfig
 from sparse_attn.cost import resolved
 from sparse_attn.distributed.local import LocalGeometry
@@ -73,7 +74,7 @@ def theta_for_density(
         raise ValueError(
             f"target is {target}; a density is computed pairs / causal pairs: give a number above 0, at most 1"
         )
-    runtime, config = connect(group), AnchorConfig() if config is None else config
+    runtime, config = connect(group), configuration(config)
     rows, keys = _layouts(q, k, layout, kv_layout, runtime)
     geometry = Geometry.of(documents_of(rows.total, keys.total, None, None), *resolved(config, keys.total))
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)

@@ -90,14 +90,23 @@ def output_recall(out: Tensor, dense: Tensor, tolerance: float = 0.01) -> float:
     >>> output_recall(torch.tensor([0.0, 1.0]), torch.tensor([0.001, 1.2]))
     0.5
     """
+    _same_shapes(out, dense)
     return float(((out.double() - dense.double()).abs() < tolerance).double().mean())
 
 
 def output_error(out: Tensor, dense: Tensor) -> dict[str, float]:
     """Relative L2 error over all elements, and mean cosine of the rows of each head: {"relative": ..., "cosine": ...}."""
+    _same_shapes(out, dense)
     out, dense = out.double(), dense.double()
     relative = (out - dense).norm() / dense.norm().clamp_min(1e-30)
     return {"relative": float(relative), "cosine": float(cosine_similarity(out, dense, dim=-1).mean())}
+
+
+def _same_shapes(out: Tensor, dense: Tensor) -> None:
+    if out.shape != dense.shape or not out.numel():
+        raise ValueError(
+            f"got outputs {tuple(out.shape)} and {tuple(dense.shape)}; give two of one shape, of an element or more"
+        )
 
 
 @dataclass(frozen=True)
@@ -119,6 +128,11 @@ def compare_logits(logits: Tensor, dense: Tensor, ids: Tensor) -> LogitsDifferen
     >>> compare_logits(same, same, torch.tensor([1, 2, 3, 4]))
     LogitsDifference(nll=0.0, kl=0.0, top1=1.0)
     """
+    if logits.dim() != 2 or logits.shape != dense.shape or ids.shape != logits.shape[:1]:
+        raise ValueError(
+            f"got logits {tuple(logits.shape)} and {tuple(dense.shape)} for ids {tuple(ids.shape)}; give (S, vocab) of both "
+            "models and the (S,) ids of one text"
+        )
     nll = kl = agree = 0.0
     count = ids.shape[0] - 1
     for first in range(0, count, ROWS_AT_ONCE):

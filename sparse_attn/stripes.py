@@ -98,21 +98,21 @@ class StripePlan:
     @property
     def density(self) -> float:
         """Computed pairs / causal pairs, anchor region included."""
-        if self.path == "dense":
+        if self.path == "dense" or not self.counts.numel():
             return 1.0
         g = self.geometry
         rows = torch.tensor([x.count for x in g.groups], dtype=torch.float64)
-        stripes = float((self.counts.double().mean(dim=(1, 2)) * rows).sum()) if len(rows) else 0.0
+        stripes = float((self.counts.double().mean(dim=(1, 2)) * rows).sum())
         kept = sum(len(self.kept(x)) * x.count for x in g.groups) if self.keep is not None else 0
         return (g.anchor_pairs + kept + stripes) / max(1, g.causal_pairs)
 
     @property
     def stripe_density(self) -> float:
         """The paper's ratio: kept columns / (N^2 / 2G) a head, without the anchor region."""
-        if self.path == "dense":
+        if self.path == "dense" or not self.counts.numel():
             return 0.0
         g = self.geometry
-        per_head = float(self.counts.double().mean(dim=(1, 2)).sum()) if len(g.groups) else 0.0
+        per_head = float(self.counts.double().mean(dim=(1, 2)).sum())
         return per_head / max(1.0, g.causal_pairs / g.rows)
 
     def check(self, q: Tensor, k: Tensor) -> None:

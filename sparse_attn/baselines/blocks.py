@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -12,8 +13,9 @@ from sparse_attn.geometry import Geometry
 from sparse_attn.stripes import StripePlan
 
 
-def whole_sequence(q: Tensor, k: Tensor) -> None:
-    """ValueError unless queries and keys are one whole sequence, as all these methods take it."""
+def whole_sequence(q: Tensor, k: Tensor, block: int) -> None:
+    """ValueError unless queries and keys are one whole sequence, as all these methods take it, in blocks of a row or more."""
+    at_least(1, block=block)
     check(q, k, k, None)
     if q.shape[1] != k.shape[1] or not q.shape[1]:
         raise ValueError(
@@ -23,8 +25,6 @@ def whole_sequence(q: Tensor, k: Tensor) -> None:
 
 def geometry_of(q: Tensor, block: int, initial: int = 0, window: int = 0) -> Geometry:
     """Groups of one block of rows."""
-    if not isinstance(block, int) or block < 1:
-        raise ValueError(f"block is {block!r}; give a whole number of 1 or more")
     rows = (0, q.shape[1])
     return Geometry.of(((rows, rows),), block, 1, initial, window)
 
@@ -75,7 +75,14 @@ def smallest_cover(weights: Tensor, share: float) -> Tensor:
     return torch.zeros_like(taken).scatter_(-1, order, taken)
 
 
+def at_least(least: int, **given: int) -> None:
+    """ValueError unless all that is given, by name, are whole numbers of `least` or more."""
+    for name, value in given.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} is {value!r}; give a whole number of {least} or more")
+
+
 def share_between(name: str, value: float) -> None:
     """ValueError unless 0 <= value <= 1."""
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} is {value}; give a share from 0 to 1")
+    if not (isinstance(value, Real) and 0 <= value <= 1):
+        raise ValueError(f"{name} is {value!r}; give a share from 0 to 1")

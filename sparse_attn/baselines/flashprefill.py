@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn.baselines.blocks import (
+    at_least,
     block_means,
     causal_blocks,
     each_head,
@@ -28,10 +29,9 @@ def flashprefill(
     >>> flashprefill(q, k, alpha=0.99, sink=1, window=1, last=1, block=16).density < 1
     True
     """
-    whole_sequence(q, k)
+    whole_sequence(q, k, block)
     share_between("alpha", alpha)
-    if min(sink, window, last) < 0:
-        raise ValueError(f"sink is {sink}, window {window}, last {last}; give 0 blocks or more of each")
+    at_least(0, sink=sink, window=window, last=last)
     chosen = []
     for queries, keys in each_head(q, k):
         scores = block_means(queries, block) @ block_means(keys, block).T

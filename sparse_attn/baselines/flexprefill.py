@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn.baselines.blocks import (
+    at_least,
     block_means,
     causal_blocks,
     each_head,
@@ -31,8 +32,10 @@ def flexprefill(
     >>> flexprefill(q, k, gamma=0.5, min_budget=32, block=32).density < 1
     True
     """
-    whole_sequence(q, k)
+    whole_sequence(q, k, block)
     share_between("gamma", gamma)
+    share_between("tau", tau)
+    at_least(0, min_budget=min_budget)
     lists, aware = [], 0
     for queries, keys in each_head(q, k):
         means = block_means(queries, block) @ block_means(keys, block).T

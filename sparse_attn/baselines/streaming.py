@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_attn.baselines.blocks import geometry_of, whole_sequence
+from sparse_attn.baselines.blocks import at_least, geometry_of, whole_sequence
 from sparse_attn.stripes import StripePlan
 
 
@@ -16,9 +16,8 @@ def streaming(q: Tensor, k: Tensor, *, initial: int = 1024, local: int = 8192, b
     >>> streaming(q, k, initial=64, local=128, block=64).density < 0.6
     True
     """
-    whole_sequence(q, k)
-    if min(initial, local) < 0:
-        raise ValueError(f"initial is {initial}, local {local}; both count keys: give 0 or more")
+    whole_sequence(q, k, block)
+    at_least(0, initial=initial, local=local)
     geometry = geometry_of(q, block, initial, max(local - 1, 0))
     nothing = torch.empty(0, dtype=torch.int32, device=q.device)
     columns = [nothing] * (len(geometry.groups) * q.shape[0] * q.shape[2])

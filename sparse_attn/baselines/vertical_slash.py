@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_attn.baselines.blocks import each_head, plan_of_lists, whole_sequence
+from sparse_attn.baselines.blocks import at_least, each_head, plan_of_lists, whole_sequence
 from sparse_attn.stripes import StripePlan
 
 FIRST, NEAR = 30, 100
@@ -24,9 +24,8 @@ def vertical_slash(
     >>> vertical_slash(q, k, vertical=20, slash=40, block=32).path
     'sparse'
     """
-    whole_sequence(q, k)
-    if min(vertical, slash, last) < 1:
-        raise ValueError(f"vertical is {vertical}, slash {slash}, last {last}; give 1 or more of each")
+    whole_sequence(q, k, block)
+    at_least(1, vertical=vertical, slash=slash, last=last)
     lists = []
     for queries, keys in each_head(q, k):
         columns, distances = last_rows(queries, keys, last)

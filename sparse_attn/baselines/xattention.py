@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparse_attn.baselines.blocks import (
+    at_least,
     causal_blocks,
     each_head,
     plan_of_blocks,
@@ -28,9 +29,10 @@ def xattention(q: Tensor, k: Tensor, *, stride: int = 8, threshold: float = 0.9,
     >>> xattention(q, k, threshold=0.5, block=32).density < 1
     True
     """
-    whole_sequence(q, k)
+    whole_sequence(q, k, block)
     share_between("threshold", threshold)
-    if stride < 1 or block % stride:
+    at_least(1, stride=stride)
+    if block % stride:
         raise ValueError(f"stride is {stride} and block {block}; a block must be a multiple of the stride")
     chosen = []
     for queries, keys in each_head(q, k):

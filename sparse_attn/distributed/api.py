@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn import cost
-from sparse_attn.arguments import check, kept_rows, packed
+from sparse_attn.arguments import check, configuration, kept_rows, packed
 from sparse_attn.autograd import answer, differentiable
 from sparse_attn.config import AnchorConfig
 from sparse_attn.distributed.backward import backward
@@ -107,7 +107,7 @@ def _prepared(
     cuts = _layouts(runtime, layout, kv_layout, q, k)
     if plan is not None:
         raise ValueError("got plan= and group=; over ranks columns are found by the call: leave plan out")
-    config = AnchorConfig() if config is None else config
+    config = configuration(config)
     config.thetas(q.shape[2])
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     documents = documents_of(cuts[0].total, cuts[1].total, *packed(mask, cu_seqlens, kv_cu_seqlens))

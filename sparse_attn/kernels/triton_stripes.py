@@ -116,6 +116,8 @@ class TritonKernel(TorchKernel):
         for what, value in (("rows", rows), ("columns", columns)):
             if value < LEAST or value & (value - 1):
                 raise ValueError(f"Triton tiles got {what}={value}; give a power of two of {LEAST} or more")
+        if q.device.type == "cpu" and isinstance(_stripes, triton.JITFunction):
+            raise ValueError('kernel="triton" needs a GPU and got tensors on cpu; use kernel="auto"')
         if q.is_cuda and q.dtype == torch.float64:
             raise ValueError('Triton has no float64 matrix products on GPUs; use kernel="auto" for float64')
         self.rows, self.columns = rows, columns

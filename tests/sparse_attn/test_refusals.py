@@ -8,7 +8,16 @@ import pytest
 import torch
 
 import tokenring as tr
-from sparse_attn import AnchorConfig, anchor_attention, execute, plan
+from sparse_attn import (
+    AnchorConfig,
+    anchor_attention,
+    baselines,
+    compare_logits,
+    execute,
+    output_error,
+    output_recall,
+    plan,
+)
 from tests.oracle import random_qkv
 
 
@@ -114,3 +123,74 @@ def test_a_group_runs_over_ranks() -> None:
     whole = anchor_attention(q, k, v, config=config)
     for number, out in enumerate(tr.run_local(3, rank)):
         torch.testing.assert_close(out, layout.shard(whole, number), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"cu_seqlens": [0, 20.5, 60]}, "whole numbers"),
+        ({"cu_seqlens": torch.tensor([0.0, 60.0])}, "torch.float32"),
+        ({"cu_seqlens": torch.tensor([[0, 60]])}, "1-D tensor"),
+        ({"cu_seqlens": 60}, "a list"),
+        ({"keep": "visual"}, "row numbers"),
+        ({"config": {"theta": 1.0}}, "give an AnchorConfig"),
+        ({"plan": "dense"}, "sparse_attn.plan"),
+        ({"kernel": "triton", "config": AnchorConfig(block=8, step=1, dense="never")}, "needs a GPU"),
+    ],
+)
+def test_values_of_another_kind_are_refused_and_never_rounded(options: dict, said: str) -> None:
+    q, k, v = random_qkv(1, 60, 2, 1, 8, torch.float32)
+    with pytest.raises(ValueError, match=said):
+        anchor_attention(q, k, v, **options)
+
+
+@pytest.mark.parametrize("name", ["streaming", "vertical_slash", "flexprefill", "xattention", "flashprefill"])
+@pytest.mark.parametrize("block", [0, -8, 1.5, True], ids=str)
+def test_baselines_refuse_blocks_that_are_no_blocks(name: str, block: object) -> None:
+    q, k, _ = random_qkv(1, 60, 2, 1, 8, torch.float32)
+    with pytest.raises(ValueError, match="block is"):
+        getattr(baselines, name)(q, k, block=block)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("streaming", {"initial": 1.5}),
+        ("vertical_slash", {"vertical": 2.5}),
+        ("flexprefill", {"tau": math.nan}),
+        ("flexprefill", {"min_budget": -4}),
+        ("xattention", {"stride": 0}),
+        ("flashprefill", {"sink": 1.5}),
+    ],
+)
+def test_baselines_name_the_option_that_means_nothing(name: str, options: dict) -> None:
+    q, k, _ = random_qkv(1, 60, 2, 1, 8, torch.float32)
+    with pytest.raises(ValueError, match=f"{next(iter(options))} is"):
+        getattr(baselines, name)(q, k, **options)
+
+
+def test_metrics_refuse_shapes_that_would_be_stretched_or_cut() -> None:
+    out, logits = torch.randn(1, 6, 2, 4), torch.randn(6, 9)
+    for metric in (output_recall, output_error):
+        with pytest.raises(ValueError, match="one shape"):
+            metric(out, out[:, :, :1])
+    with pytest.raises(ValueError, match="ids of one text"):
+        compare_logits(logits, logits, torch.arange(5))
+
+
+def test_masks_of_documents_may_hold_documents_of_one_row_and_of_none() -> None:
+    q, k, v = random_qkv(1, 60, 2, 1, 8, torch.float64)
+    config = AnchorConfig(theta=1.0, block=4, step=2, dense="never")
+    for cuts in ([0, 0, 1, 2, 40, 40, 60], [0, 59, 60]):
+        want = anchor_attention(q, k, v, config=config, cu_seqlens=cuts)
+        assert torch.equal(anchor_attention(q, k, v, config=config, mask=tr.Mask.documents(cuts)), want)
+    rows, keys = [0, 0, 1, 21], [0, 7, 30, 60]
+    want = anchor_attention(q[:, :21], k, v, config=config, cu_seqlens=rows, kv_cu_seqlens=keys)
+    assert torch.equal(anchor_attention(q[:, :21], k, v, config=config, mask=tr.Mask.documents(rows, keys)), want)
+
+
+def test_an_empty_list_of_rows_to_keep_keeps_none() -> None:
+    q, k, v = random_qkv(1, 60, 2, 1, 8, torch.float64)
+    config = AnchorConfig(theta=1.0, block=4, step=2, dense="never")
+    want = anchor_attention(q, k, v, config=config)
+    assert torch.equal(anchor_attention(q, k, v, config=config, keep=[]), want)
