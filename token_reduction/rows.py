@@ -60,10 +60,14 @@ def item_mean(x: Tensor, total: int, transport: Transport) -> Tensor:
     return whole.double() / scale / total
 
 
+def block_rows(width: int, device: torch.device) -> int:
+    """How many rows of `width` entries fit a cache (CPU) or fill a device."""
+    return max(1, (2**17 if device.type == "cpu" else 2**24) // width)
+
+
 def blocks(rows: int, width: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """Half-open row ranges that fit a cache (CPU) or fill a device; their size changes no result."""
-    entries = 2**17 if device.type == "cpu" else 2**24
-    step = max(1, entries // width)
+    step = block_rows(width, device)
     return ((first, min(first + step, rows)) for first in range(0, rows, step))
 
 

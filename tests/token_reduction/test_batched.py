@@ -81,7 +81,7 @@ def test_sets_whose_rank_is_used_up_are_begun_again_one_by_one():
 def test_items_too_large_to_be_held_are_chosen_in_one_by_one_and_alike(name, monkeypatch):
     tokens, budget, method = together(), Budget.ratio(0.3), build(name)
     held = method.reduce(tokens, budget)
-    monkeypatch.setattr("token_reduction.selectors.coverage.HELD_BYTES", 0)
+    monkeypatch.setattr("token_reduction.selectors.cover.HELD_BYTES", 0)
     for module in ("todre", "divprune"):
         monkeypatch.setattr(f"token_reduction.reducers.{module}.SMALL", 8)
     large = method.reduce(tokens, budget)

@@ -10,7 +10,8 @@ from tests.token_reduction.cases import one
 from tests.token_reduction.oracle_cases import SEEDS, H, N, W, data, kept
 from token_reduction import Budget, build
 from token_reduction.exact import unit_rows
-from token_reduction.selectors.coverage import Cover, cosines, greedy
+from token_reduction.selectors.cover import Cover, cosines
+from token_reduction.selectors.coverage import greedy
 from token_reduction.selectors.diversity import dpp_of
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from token_reduction.batch import Batch, Selection
-from token_reduction.selectors.coverage import Cover, cosines, drawn, fits, greedy
+from token_reduction.selectors.cover import Cover, cosines, fits
+from token_reduction.selectors.coverage import drawn, greedy
 from token_reduction.unit_reducer import UnitReducer
 
 _SAMPLERS = ("exact", "stochastic")

@@ -20,7 +20,8 @@ from torch import Tensor
 from token_reduction.batch import Batch, Selection
 from token_reduction.exact import unit_rows
 from token_reduction.reducers.facility import chosen
-from token_reduction.selectors.coverage import Cover, cosines, fits, greedy
+from token_reduction.selectors.cover import Cover, cosines, fits
+from token_reduction.selectors.coverage import greedy
 from token_reduction.unit_reducer import UnitReducer
 
 _FORMATS = (
