@@ -129,15 +129,11 @@ def sparse_prefill(
         ValueError: a model or call that cannot be honoured: windows, padding, masks other than causal, soft-capping, sinks.
     """
     text_model, modules = find_decoder(model)
-    kinds = getattr(text_model.config, "layer_types", None) or ()
-    if "sliding_attention" in kinds:
+    if "sliding_attention" in (getattr(text_model.config, "layer_types", None) or ()):
         raise ValueError(
             f"{type(model).__name__} has layers with a sliding window, and {_cannot('a window')}; use the model's own attention"
         )
-    if plans is not None and any(told is not None for told in (config, keep, density)):
-        raise ValueError("got plans= and config=, keep= or density=; a plan says these itself: leave them out")
-    if density is not None and isinstance(config, TunedConfig):
-        raise ValueError("got density= and thetas that were tuned; give one of them")
+    _check(config, exact_below, keep, plans, density, len(modules))
     config = AnchorConfig() if config is None else config
     prefill = _Prefill(config, exact_below, keep, plans, keep_plans, density, watch)
     with ExitStack() as undo:
@@ -147,9 +143,33 @@ def sparse_prefill(
             undo.callback(text_model.set_attn_implementation, text_model.config._attn_implementation)
             text_model.set_attn_implementation(NAME)
             for module in modules:
-                undo.callback(delattr, module, _ATTRIBUTE)
+                undo.callback(_put_back, module, getattr(module, _ATTRIBUTE, None))
                 setattr(module, _ATTRIBUTE, prefill)
         yield prefill.calls
+
+
+def _check(
+    config: Any, exact_below: Any, keep: Numbers | None, plans: Mapping[int, Any] | None, density: Any, layers: int
+) -> None:
+    """ValueError for options of `sparse_prefill` that mean nothing, or two things."""
+    if config is not None and not isinstance(config, AnchorConfig | TunedConfig):
+        raise ValueError(f"config is {config!r}; give an AnchorConfig, or the TunedConfig that tune returns")
+    if not isinstance(exact_below, int) or exact_below < 0:
+        raise ValueError(f"exact_below is {exact_below!r}; give a whole number of rows, 0 or more")
+    if plans is not None and any(told is not None for told in (config, keep, density)):
+        raise ValueError("got plans= and config=, keep= or density=; a plan says these itself: leave them out")
+    unknown = sorted(set(plans or ()) - set(range(layers)), key=str)
+    if unknown:
+        raise ValueError(f"got plans= for layers {unknown}; the model has layers 0 to {layers - 1}")
+    if density is not None and isinstance(config, TunedConfig):
+        raise ValueError("got density= and thetas that were tuned; give one of them")
+
+
+def _put_back(module: nn.Module, before: _Prefill | None) -> None:
+    if before is None:
+        delattr(module, _ATTRIBUTE)
+    else:  # of a block around this one
+        setattr(module, _ATTRIBUTE, before)
 
 
 def _attention(
@@ -183,7 +203,22 @@ def _cannot(what: str) -> str:
     return f"sparse prefill cannot honour {what}: it is causal attention and nothing else"
 
 
-def _mask(*_: Any, mask_function: Any = causal_mask_function, attention_mask: Tensor | None = None, **__: Any) -> None:
+def _mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **_: Any,
+) -> None:
+    end = int(q_offset) + int(q_length)
+    if kv_offset or int(kv_length) != end:
+        raise ValueError(
+            f"sparse prefill got keys {kv_offset} to {kv_offset + int(kv_length)} from the cache for rows up to {end}: a cache "
+            "of fixed length, whose last rows are empty, or of a window; use a DynamicCache, which is transformers' own choice"
+        )
     if attention_mask is not None and not bool(attention_mask.all()):
         raise ValueError("sparse prefill got padding; prefill each prompt by itself, or pack them with cu_seqlens")
     if mask_function is not causal_mask_function:

@@ -188,3 +188,35 @@ def test_padding_and_models_without_causal_attention_are_refused(model: LlamaFor
         model(ids, attention_mask=mask)
     with pytest.raises(ValueError, match="no causal attention"), sparse_prefill(torch.nn.Linear(2, 2)):
         pass
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"config": {"theta": 1.0}}, "AnchorConfig"),
+        ({"exact_below": -1}, "exact_below is -1"),
+        ({"plans": {2: None}}, r"layers \[2\]"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(model: LlamaForCausalLM, options: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said), sparse_prefill(model, **options):
+        pass
+
+
+@torch.no_grad()
+def test_a_cache_of_fixed_length_is_refused(model: LlamaForCausalLM, ids: torch.Tensor) -> None:
+    with sparse_prefill(model, SPARSE), pytest.raises(ValueError, match="DynamicCache"):
+        model.generate(ids, max_new_tokens=2, cache_implementation="static")
+
+
+@torch.no_grad()
+def test_a_block_inside_a_block_gives_way_to_it_again(model: LlamaForCausalLM, ids: torch.Tensor) -> None:
+    expected = model(ids).logits
+    with sparse_prefill(model, SPARSE) as outer:
+        with sparse_prefill(model, AnchorConfig(theta=float("inf"))) as inner:
+            torch.testing.assert_close(model(ids).logits, expected)
+        assert set(inner) == {0, 1} and not outer
+        model(ids)
+    assert set(outer) == {0, 1}
+    torch.testing.assert_close(model(ids).logits, expected, atol=0, rtol=0)
