@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("what", choices=(*STEPS, "all"))
     parser.add_argument("--lengths", type=int, nargs="*", default=[4096, 8192], help="of equal")
     parser.add_argument("--length", type=int, default=4096, help="of sweep")
-    parser.add_argument("--needle-length", type=int, nargs="*", default=[4096])
+    parser.add_argument("--needle-length", type=int, nargs="*", default=[4096, 8192], help="tokens of the whole prompt")
     parser.add_argument("--tune-length", type=int, default=4096)
     parser.add_argument("--tried-length", type=int, default=8192)
     parser.add_argument("--densities", type=float, nargs="*", default=[0.2], help="of tuned")

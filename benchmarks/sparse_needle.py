@@ -39,12 +39,12 @@ Row = dict[str, Any]
 
 
 class Prompts:
-    """The prompts of a length, and the groups that cut them."""
+    """Prompts of `total` tokens, sentence and question included, and the groups that cut them."""
 
-    def __init__(self, model: Model, length: int) -> None:
-        self.hay = model.ids("reference", length)[0].tolist()
+    def __init__(self, model: Model, total: int) -> None:
         self.sentence, self.question = (model.tokens(text).input_ids for text in (SENTENCE, QUESTION))
-        self.total = length + len(self.sentence) + len(self.question)
+        self.hay = model.ids("reference", total - len(self.sentence) - len(self.question))[0].tolist()
+        self.total = total
 
     def at(self, depth: int) -> Tensor:
         """(1, tokens), the sentence at `depth` tenths."""
