@@ -21,6 +21,7 @@ from torch import Tensor
 
 from token_reduction.borrow import Borrow
 from token_reduction.budget import Budget, apportion
+from token_reduction.options import COUNT, Limits
 from token_reduction.reducer import Reducer
 from token_reduction.reduction import Reduction
 from token_reduction.tokens import TokenShard, take_channels, text_of
@@ -50,10 +51,11 @@ class Segments(Reducer):
     source: ClassVar[str] = "combination"
     form: ClassVar[str] = "ours"
 
+    limits: ClassVar[Limits] = {"frames": COUNT}
+
     def __post_init__(self) -> None:
+        _refuse_other(method=self.method)
         super().__post_init__()
-        if self.frames < 1:
-            raise ValueError(f"a segment has at least 1 frame, got {self.frames!r}")
 
     @property
     def name(self) -> str:
@@ -148,15 +150,16 @@ class Then(Reducer):
     source: ClassVar[str] = "combination"
     form: ClassVar[str] = "ours"
 
+    limits: ClassVar[Limits] = {"widen": COUNT}
+
     def __post_init__(self) -> None:
+        _refuse_other(first=self.first, second=self.second)
         super().__post_init__()
         if not self.second.flat:
             raise ValueError(f"{self.second.name} looks at frames or places, which rows that were chosen before have lost; "
                              "give a second method that looks at rows alone")  # fmt: skip
-        if self.first.adaptive or not self.widen >= 1:
-            raise ValueError(
-                f"the first method keeps exact counts and widen is 1 or more, got {self.first!r}, {self.widen!r}"
-            )
+        if self.first.adaptive:
+            raise ValueError(f"the first method must keep exact counts, got {self.first!r}")
 
     @property
     def name(self) -> str:
@@ -233,6 +236,12 @@ def two_level(method: Reducer, frames: int = 16, widen: float = 2.0) -> Then:
     5
     """
     return Then(first=Segments(method=method, frames=frames), second=method, widen=widen)
+
+
+def _refuse_other(**given: Any) -> None:
+    for name, method in given.items():
+        if not isinstance(method, Reducer):
+            raise ValueError(f"{name} is {method!r}; give a method, such as build('divprune')")
 
 
 def _applied(one: Reduction, channels: Any) -> dict[str, Any]:

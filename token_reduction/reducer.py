@@ -7,7 +7,7 @@ result cannot depend on how the rows are spread.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ import torch
 
 from token_reduction.budget import Budget
 from token_reduction.exact import finite
+from token_reduction.options import Limits, check_options
 from token_reduction.reduction import Reduction
 from token_reduction.tokens import TokenShard, VisualTokens, check_grid, whole
 from tokenring.transport import Transport, connect
@@ -53,9 +54,18 @@ class Reducer(ABC):
     merges: ClassVar[bool] = False
     """Whether rows may be made of several tokens."""
 
+    limits: ClassVar[Limits] = {}
+    """Of each option that has limits."""
+
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise ValueError(f"unknown variant {self.variant!r} of {self.name}; variants are {', '.join(VARIANTS)}")
+        check_options(self, self.name)
+
+    @property
+    def idle(self) -> Mapping[str, str]:
+        """Options that do nothing beside the others that were given, and in words beside which; to give one is refused."""
+        return {}
 
     @property
     def adaptive(self) -> bool:

@@ -128,12 +128,7 @@ def from_spec(text: str) -> tuple[Reducer, Budget]:
     (CDPruner(variant='best', relevance=False, block=None), Budget.ratio(0.1))
     """
     reducer, options, budget = _read(text)
-    try:
-        return build(reducer.name, **options), budget
-    except TypeError:
-        raise ValueError(
-            f"{text!r} gives an option of {reducer.name} a value of a kind that it does not take"
-        ) from None
+    return build(reducer.name, **options), budget
 
 
 def _read(text: str) -> tuple[type[Reducer], dict[str, Any], Budget]:

@@ -83,10 +83,11 @@ def test_only_offers_travel():
 
 def test_combinations_that_cannot_be_are_refused():
     for make, message in (
-        (lambda: Segments(method=build("uniform"), frames=0), "at least 1 frame"),
+        (lambda: Segments(method=build("uniform"), frames=0), "frames=0; give a whole number of 1 or more"),
+        (lambda: Segments(method="uniform"), "give a method, such as build"),
         (lambda: Then(first=build("divprune"), second=build("evs")), "evs looks at frames or places"),
-        (lambda: Then(first=build("setok", variant="paper"), second=build("divprune")), "keeps exact counts"),
-        (lambda: two_level(build("divprune"), widen=0.5), "widen is 1 or more"),
+        (lambda: Then(first=build("setok", variant="paper"), second=build("divprune")), "must keep exact counts"),
+        (lambda: two_level(build("divprune"), widen=0.5), "widen=0.5; give a finite number of 1 or more"),
         (lambda: Segments(method=build("pool"), frames=2).count([(4, 3, 3)], Budget.count(10)), "pool does not keep 5"),
         (lambda: two_level(build("mmtok")).reduce(one(torch.ones(16, 2)), Budget.count(3)), "lack text"),
     ):

@@ -242,21 +242,53 @@ def test_channels_of_another_shape_are_refused_before_anything_is_sent(name, opt
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("todre", {"diversity": "sum"}, "k-center or max-sum"),
+        ("todre", {"diversity": "sum"}, "k-center or max-sum or None"),
         ("facility", {"sampler": "greedy"}, "exact or stochastic"),
-        ("facility", {"accuracy": 1.0}, "between 0 and 1"),
+        ("facility", {"sampler": "stochastic", "accuracy": 1.0}, "between 0 and 1"),
         ("visionzip", {"contextual": 1.0}, "between 0 and 1"),
         ("centerclip", {"algorithm": "k-means"}, "k-medoids or spectral"),
-        ("tome", {"per_round": 0}, "at least 1 token"),
-        ("cdpruner", {"block": 0}, "at least 1"),
-        ("dart", {"pivots": 0}, "at least 1 pivot"),
-        ("vflowopt", {"m": 0.5}, "m >= 1"),
-        ("vispruner", {"important": 1.5}, "in 0..1"),
-        ("holitom", {"longest": 0}, "longest >= 1"),
-        ("token_transforming", {"sources": 0}, "at least 1 token"),
-        ("vmtc", {"primary": 2.0}, "in 0..1"),
+        ("tome", {"per_round": 0}, "a whole number of 1 or more"),
+        ("tome", {"per_round": 1.5}, "a whole number"),
+        ("cdpruner", {"block": 0}, "1 or more or None"),
+        ("dart", {"pivots": 0}, "1 or more"),
+        ("vflowopt", {"m": 0.5}, "a finite number of 1 or more"),
+        ("vispruner", {"important": 1.5}, "from 0 to 1"),
+        ("holitom", {"longest": 0}, "1 or more"),
+        ("token_transforming", {"sources": 0}, "1 or more"),
+        ("token_transforming", {"temperature": float("nan")}, "a finite number"),
+        ("vmtc", {"primary": 2.0}, "from 0 to 1"),
+        ("hiprune", {"alpha": -1}, "from 0 to 5"),
+        ("fastvid", {"merged": 1.5}, "from 0 to 1"),
+        ("vidcom2", {"temperature": 0}, "above 0"),
+        ("divprune", {"center": "yes"}, "true or false"),
+        ("random", {"seed": None}, "a whole number"),
+        ("globalcom2", {"crops": 4}, r"give \(lines, columns\)"),
+        ("globalcom2", {"image": (0, 3)}, r"give \(height, width\)"),
     ],
 )
 def test_options_outside_their_range_are_refused(name, options, message):
     with pytest.raises(ValueError, match=message):
         build(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "beside"),
+    [
+        ("difffp", {"threshold": 0.3}, "variant='best'"),
+        ("setok", {"threshold": 0.3}, "variant='best'"),
+        ("correlation", {"tau": 0.5}, "variant='best'"),
+        ("prumerge_plus", {"attended": 0.5, "variant": "paper"}, "variant='paper'"),
+        ("facility", {"accuracy": 0.2}, "sampler='exact'"),
+        ("centerclip", {"sigma": 1.0}, "algorithm='k-medoids'"),
+        ("centerclip", {"algorithm": "spectral", "neighbours": 3}, "graph='heat'"),
+        ("vflowopt", {"recycle": False, "m": 3.0}, "recycle=False"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(name, options, beside):
+    with pytest.raises(ValueError, match=f"which {beside} does not look at; leave it out"):
+        build(name, **options)
+
+
+def test_downsample_names_itself_and_the_item_whose_budget_is_too_small():
+    with pytest.raises(ValueError, match="downsample keeps at least one token per frame: item 1 has 9 frames"):
+        build("downsample").count([(2, 2, 2), (9, 2, 2)], Budget.count(8))

@@ -15,6 +15,7 @@ import torch
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.exact import fixed_mean, unit_rows
+from token_reduction.options import Limits, Range
 from token_reduction.reducers.facility import chosen
 from token_reduction.selectors.cover import Cover, cosines, fits
 from token_reduction.selectors.coverage import greedy
@@ -34,6 +35,7 @@ class Catp(UnitReducer):
     """
 
     weight: float = 0.7
+    limits: ClassVar[Limits] = {"weight": Range(0)}
     name: ClassVar[str] = "catp"
     needs: ClassVar[frozenset[str]] = frozenset({"text"})
     cost: ClassVar[str] = "O(n^2 D) time, O(n D) memory"

@@ -15,6 +15,7 @@ import torch
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.exact import unit_rows
+from token_reduction.options import COUNT, Limits
 from token_reduction.selectors.diversity import dpp
 from token_reduction.unit_reducer import UnitReducer
 
@@ -34,6 +35,7 @@ class CDPruner(UnitReducer):
 
     relevance: bool = True
     block: int | None = None
+    limits: ClassVar[Limits] = {"block": COUNT}
     name: ClassVar[str] = "cdpruner"
     cost: ClassVar[str] = "O(k n (D + min(k, D))) time, O(n D) memory"
     source: ClassVar[str] = "CDPruner, conditional diversity by greedy DPP MAP"
@@ -44,11 +46,6 @@ class CDPruner(UnitReducer):
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"patches", "text"}) if self.relevance else frozenset()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.block is not None and self.block < 1:
-            raise ValueError(f"block is a number of choices, at least 1, got {self.block!r}; None takes the width")
 
     def work(self, item: tuple[int, int, int], count: int, width: int) -> float:
         return float(item[0] * item[1] * item[2]) * count * (width + min(count, self.block or width))

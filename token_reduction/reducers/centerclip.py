@@ -17,6 +17,7 @@ from torch import Tensor
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.exact import spread
+from token_reduction.options import COUNT, POSITIVE, Limits
 from token_reduction.rows import at_once
 from token_reduction.selectors.cluster import (
     heat,
@@ -28,13 +29,6 @@ from token_reduction.selectors.cluster import (
     squared_distances,
 )
 from token_reduction.unit_reducer import UnitReducer
-
-_CHOICES = {
-    "algorithm": ("k-medoids", "spectral"),
-    "distance": ("euclidean", "cosine"),
-    "aggregate": ("medoid", "mean"),
-    "graph": ("heat", "knn"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,22 +55,26 @@ class CenterCLIP(UnitReducer):
     graph: str = "heat"
     neighbours: int | None = None
     sigma: float = 2.0
+    limits: ClassVar[Limits] = {
+        "frames": COUNT,
+        "algorithm": ("k-medoids", "spectral"),
+        "distance": ("euclidean", "cosine"),
+        "aggregate": ("medoid", "mean"),
+        "graph": ("heat", "knn"),
+        "neighbours": COUNT,
+        "sigma": POSITIVE,
+    }
     name: ClassVar[str] = "centerclip"
     cost: ClassVar[str] = "O(n M (D + i)), M tokens of a segment, i iterations (spectral: O(n M^2))"
     source: ClassVar[str] = "CenterCLIP (k-medoids and spectral)"
     merges: ClassVar[bool] = True
     form: ClassVar[str] = "authors'"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for field, allowed in _CHOICES.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"centerclip has {field} {' or '.join(allowed)}, got {getattr(self, field)!r}")
-        if self.frames < 1 or self.sigma <= 0 or (self.neighbours is not None and self.neighbours < 1):
-            raise ValueError(
-                f"centerclip needs frames >= 1, sigma > 0 and neighbours >= 1 or None, got {self.frames!r}, {self.sigma!r}, "
-                f"{self.neighbours!r}"
-            )
+    @property
+    def idle(self) -> dict[str, str]:
+        if self.algorithm == "k-medoids":
+            return dict.fromkeys(("graph", "neighbours", "sigma"), "algorithm='k-medoids'")
+        return {"neighbours": "graph='heat'"} if self.graph == "heat" else {"sigma": "graph='knn'"}
 
     def select(self, batch: Batch, count: int) -> Sequence[Selection]:
         (b, n, _), (t, h, w) = batch.x.shape, batch.grid

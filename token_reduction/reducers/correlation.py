@@ -43,6 +43,10 @@ class Correlation(UnitReducer):
     draws: ClassVar[bool] = True
 
     @property
+    def idle(self) -> dict[str, str]:
+        return {"tau": "variant='best'"} if self.variant == "best" else {}
+
+    @property
     def adaptive(self) -> bool:
         return self.variant != "best"
 

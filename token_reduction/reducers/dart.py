@@ -17,6 +17,7 @@ from torch import Tensor
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.exact import marked, rows_at, spread, top, unit_rows
+from token_reduction.options import COUNT, Limits, Range
 from token_reduction.unit_reducer import UnitReducer
 
 
@@ -36,18 +37,12 @@ class Dart(UnitReducer):
     pivots: int | None = None
     text_pivots: int | None = None
     keys: bool = False
+    limits: ClassVar[Limits] = {"pivots": COUNT, "text_pivots": Range(0)}
     name: ClassVar[str] = "dart"
     cost: ClassVar[str] = "O(n D)"
     source: ClassVar[str] = "DART, duplication-aware reduction of tokens"
     form: ClassVar[str] = "authors'"
     flat: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.pivot_counts[0] < 1 or self.pivot_counts[1] < 0:
-            raise ValueError(
-                f"dart needs at least 1 pivot and no negative number, got {self.pivot_counts}; 8 and 0 are usual"
-            )
 
     @property
     def pivot_counts(self) -> tuple[int, int]:

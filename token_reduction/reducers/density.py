@@ -18,6 +18,7 @@ from torch import Tensor
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.exact import rest, rows_at, top
+from token_reduction.options import COUNT, SHARE, Limits
 from token_reduction.selectors.cluster import density_peaks, join_nearest, longest, scaled_rows
 from token_reduction.unit_reducer import UnitReducer
 
@@ -41,12 +42,17 @@ class SeTok(UnitReducer):
 
     neighbours: int = 5
     threshold: float = 0.5
+    limits: ClassVar[Limits] = {"neighbours": COUNT}
     name: ClassVar[str] = "setok"
     cost: ClassVar[str] = "O(T N^2 D)"
     source: ClassVar[str] = "SeTok, density-peak clusters"
     merges: ClassVar[bool] = True
     form: ClassVar[str] = "authors'"
     scope: ClassVar[str] = "frame"
+
+    @property
+    def idle(self) -> dict[str, str]:
+        return {"threshold": "variant='best'"} if self.variant == "best" else {}
 
     @property
     def adaptive(self) -> bool:
@@ -83,6 +89,7 @@ class Vmtc(UnitReducer):
 
     primary: float = 0.5
     neighbours: int = 5
+    limits: ClassVar[Limits] = {"primary": SHARE, "neighbours": COUNT}
     name: ClassVar[str] = "vmtc"
     needs: ClassVar[frozenset[str]] = frozenset({"cls_attn"})
     cost: ClassVar[str] = "O(T N^2 D)"
@@ -90,11 +97,6 @@ class Vmtc(UnitReducer):
     merges: ClassVar[bool] = True
     form: ClassVar[str] = "ours"
     scope: ClassVar[str] = "frame"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.primary <= 1:
-            raise ValueError(f"primary is a share in 0..1, got {self.primary!r}")
 
     def select(self, batch: Batch, count: int) -> Sequence[Selection]:
         attention, n = batch.attention(), batch.x.shape[1]

@@ -39,6 +39,10 @@ class DiffFP(UnitReducer):
     features: ClassVar[bool] = False
 
     @property
+    def idle(self) -> dict[str, str]:
+        return {"threshold": "variant='best'"} if self.variant == "best" else {}
+
+    @property
     def adaptive(self) -> bool:
         return self.variant != "best"
 

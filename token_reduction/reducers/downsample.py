@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from token_reduction.batch import Batch, Selection
 from token_reduction.budget import Budget
 from token_reduction.reducers.pool import Pool
+from token_reduction.tokens import check_grid
 from token_reduction.unit_reducer import UnitReducer
 
 
@@ -35,8 +36,13 @@ class Downsample(UnitReducer):
     form: ClassVar[str] = "ours"
     scope: ClassVar[str] = "frame"
 
-    def item_count(self, item: tuple[int, int, int], budget: Budget) -> int:
-        return Pool().count([item], budget)[0]
+    def count(self, grid: Any, budget: Budget | None) -> list[int]:
+        items = check_grid(grid)
+        shapes = [
+            Pool.shape(item, limit, number, self.name)
+            for number, (item, limit) in enumerate(zip(items, super().count(items, budget)))
+        ]
+        return [item[0] * a * b for item, (a, b) in zip(items, shapes)]
 
     def select(self, batch: Batch, count: int) -> Sequence[Selection]:
         _, h, w = batch.grid

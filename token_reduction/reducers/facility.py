@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from token_reduction.batch import Batch, Selection
+from token_reduction.options import Limits, Range
 from token_reduction.selectors.cover import Cover, cosines, fits
 from token_reduction.selectors.coverage import drawn, greedy
 from token_reduction.unit_reducer import UnitReducer
@@ -36,6 +37,7 @@ class Facility(UnitReducer):
     sampler: str = "exact"
     accuracy: float = 0.1
     center: bool = False
+    limits: ClassVar[Limits] = {"sampler": _SAMPLERS, "accuracy": Range(0, 1, open=True)}
     name: ClassVar[str] = "facility"
     cost: ClassVar[str] = "O(n^2 D) time, O(n D) memory"
     source: ClassVar[str] = (
@@ -45,14 +47,9 @@ class Facility(UnitReducer):
     flat: ClassVar[bool] = True
     draws: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.sampler not in _SAMPLERS:
-            raise ValueError(
-                f"facility has sampler exact or stochastic, got {self.sampler!r}; exact is greedy's own choice"
-            )
-        if not 0 < self.accuracy < 1:
-            raise ValueError(f"accuracy lies between 0 and 1, got {self.accuracy!r}; 0.1 is usual")
+    @property
+    def idle(self) -> dict[str, str]:
+        return {"accuracy": "sampler='exact'"} if self.sampler == "exact" else {}
 
     def work(self, item: tuple[int, int, int], count: int, width: int) -> float:
         return float(item[0] * item[1] * item[2]) ** 2 * width

@@ -21,6 +21,7 @@ from torch import Tensor
 from token_reduction.batch import Batch, Selection
 from token_reduction.budget import apportion
 from token_reduction.exact import best_of_each, fixed_mean, rows_at, spread, top, unit_rows
+from token_reduction.options import COSINE, COUNT, SHARE, Limits
 from token_reduction.rows import at_once
 from token_reduction.selectors.cluster import density_peaks, join_nearest, scaled_rows
 from token_reduction.unit_reducer import UnitReducer
@@ -43,6 +44,14 @@ class FastVID(UnitReducer):
     stride: int = 4
     alpha: float = 0.6
     neighbours: int = 4
+    limits: ClassVar[Limits] = {
+        "segments": COUNT,
+        "tau": COSINE,
+        "merged": SHARE,
+        "stride": COUNT,
+        "alpha": SHARE,
+        "neighbours": COUNT,
+    }
     name: ClassVar[str] = "fastvid"
     needs: ClassVar[frozenset[str]] = frozenset({"cls_attn"})
     cost: ClassVar[str] = "O(n M (M/p + k_s)), M tokens and k_s rows of a segment"

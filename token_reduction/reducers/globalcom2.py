@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from numbers import Real
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch.nn.functional import interpolate
 from token_reduction.batch import Batch, Selection
 from token_reduction.budget import apportion
 from token_reduction.exact import best_of_each, marked
+from token_reduction.options import POSITIVE, Limits
 from token_reduction.tokens import TokenShard
 from token_reduction.unit_reducer import UnitReducer
 
@@ -43,6 +45,7 @@ class GlobalCom2(UnitReducer):
     crops: tuple[int, int] | None = None
     image: tuple[float, float] | None = None
     temperature: float = 10.0
+    limits: ClassVar[Limits] = {"temperature": POSITIVE}
     name: ClassVar[str] = "globalcom2"
     cost: ClassVar[str] = "O(n log n)"
     source: ClassVar[str] = "GlobalCom2"
@@ -52,6 +55,13 @@ class GlobalCom2(UnitReducer):
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"cls_logits" if self.variant == "released" else "cls_attn"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option, kind, words in (("crops", int, "(lines, columns)"), ("image", Real, "(height, width)")):
+            pair = getattr(self, option)
+            if pair is not None and not _is_pair(pair, kind):
+                raise ValueError(f"globalcom2 got {option}={pair!r}; give {words}, both above 0, or None")
 
     @property
     def adaptive(self) -> bool:
@@ -126,6 +136,15 @@ def _tiles(mosaic: Tensor, lines: int, columns: int) -> Tensor:
     """(B, lines h, columns w) -> (B, crops, h w)."""
     b, h, w = len(mosaic), mosaic.shape[1] // lines, mosaic.shape[2] // columns
     return mosaic.view(b, lines, h, columns, w).permute(0, 1, 3, 2, 4).reshape(b, lines * columns, h * w)
+
+
+def _is_pair(pair: Any, kind: type) -> bool:
+    """Two finite numbers above 0."""
+    return (
+        isinstance(pair, tuple | list)
+        and len(pair) == 2
+        and all(isinstance(x, kind) and 0 < x < math.inf for x in pair)
+    )
 
 
 def _unit(score: Tensor) -> Tensor:

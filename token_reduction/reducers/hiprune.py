@@ -18,6 +18,7 @@ from torch import Tensor
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.exact import best_of_each, marked, top
+from token_reduction.options import Limits, Range
 from token_reduction.unit_reducer import UnitReducer
 
 
@@ -26,7 +27,7 @@ class HiPrune(UnitReducer):
     """Keep k tokens of each frame. `recv_attn` (n, 2): received attention of the object layer, then of the deep layer.
 
     Args:
-        alpha: share of k for anchors and buffers.
+        alpha: share of k for anchors and buffers; up to 5, where all k are anchors.
         variant: "best" and "paper" leave out neighbours beyond the frame's edge. "released" takes the token numbers +-1 and
             +-w clamped to the frame, so that a neighbour may lie at the other end of the next line.
 
@@ -34,6 +35,7 @@ class HiPrune(UnitReducer):
     """
 
     alpha: float = 0.1
+    limits: ClassVar[Limits] = {"alpha": Range(0, 5)}
     name: ClassVar[str] = "hiprune"
     needs: ClassVar[frozenset[str]] = frozenset({"recv_attn"})
     cost: ClassVar[str] = "O(n log n)"

@@ -22,6 +22,7 @@ from torch import Tensor
 from token_reduction.batch import Batch, Selection
 from token_reduction.budget import apportion
 from token_reduction.exact import rest, rows_at, top
+from token_reduction.options import COSINE, COUNT, SHARE, Limits
 from token_reduction.rows import at_once
 from token_reduction.selectors.cluster import density_peaks, join_nearest, scaled_rows
 from token_reduction.unit_reducer import UnitReducer
@@ -43,17 +44,13 @@ class HoliTom(UnitReducer):
     longest: int = 32
     merged: float = 0.5
     neighbours: int = 7
+    limits: ClassVar[Limits] = {"tau": COSINE, "longest": COUNT, "merged": SHARE, "neighbours": COUNT}
     name: ClassVar[str] = "holitom"
     needs: ClassVar[frozenset[str]] = frozenset({"cls_attn"})
     cost: ClassVar[str] = "O(n (D + s) + T N^2 D), s frames of the longest segment"
     source: ClassVar[str] = "HoliTom, outer-model merging"
     merges: ClassVar[bool] = True
     form: ClassVar[str] = "authors'"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.longest < 1 or not 0 <= self.merged <= 1:
-            raise ValueError(f"holitom needs longest >= 1 and merged in 0..1, got {self.longest!r}, {self.merged!r}")
 
     def select(self, batch: Batch, count: int) -> Sequence[Selection]:
         t, h, w = batch.grid

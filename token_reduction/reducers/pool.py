@@ -69,12 +69,12 @@ class Pool(Reducer):
         return [item[0] * a * b for item, (a, b) in zip(items, shapes)]
 
     @staticmethod
-    def shape(item: tuple[int, int, int], limit: int, number: int = 0) -> tuple[int, int]:
+    def shape(item: tuple[int, int, int], limit: int, number: int = 0, name: str = "pool") -> tuple[int, int]:
         """(h', w') of an item whose budget is `limit` tokens."""
         t, h, w = item
         if limit < t:
             raise ValueError(
-                f"pool keeps at least one token per frame: item {number} has {t} frames and a budget of {limit} tokens; "
+                f"{name} keeps at least one token per frame: item {number} has {t} frames and a budget of {limit} tokens; "
                 f"raise the budget to {t} or more, or choose another method"
             )
         return output_grid(h, w, limit // t) if t else (1, 1)

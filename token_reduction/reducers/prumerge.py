@@ -18,6 +18,7 @@ from torch import Tensor
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.exact import evenly, rest, rows_at, top
+from token_reduction.options import SHARE, Limits, Range
 from token_reduction.unit_reducer import UnitReducer
 
 
@@ -46,6 +47,7 @@ class PruMerge(UnitReducer):
     """
 
     neighbours: int = 32
+    limits: ClassVar[Limits] = {"neighbours": Range(0)}
     name: ClassVar[str] = "prumerge"
     cost: ClassVar[str] = "O(k n D)"
     source: ClassVar[str] = "LLaVA-PruMerge"
@@ -113,8 +115,13 @@ class PruMergePlus(PruMerge):
     """
 
     attended: float = 13 / 64
+    limits: ClassVar[Limits] = {**PruMerge.limits, "attended": SHARE}
     name: ClassVar[str] = "prumerge_plus"
     source: ClassVar[str] = "LLaVA-PruMerge+"
+
+    @property
+    def idle(self) -> dict[str, str]:
+        return {"attended": f"variant={self.variant!r}"} if self.adaptive else {}
 
     def chosen(self, attention: Tensor, count: int) -> Tensor:
         n = attention.shape[1]

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.exact import fixed_mean
+from token_reduction.options import Limits
 from token_reduction.rows import UnitRows
 from token_reduction.selectors.diversity import max_sum
 from token_reduction.selectors.farthest import SMALL, farthest_batch, farthest_from
@@ -37,19 +38,13 @@ class ToDRE(UnitReducer):
     diversity: str | None = None
     thumbnail: bool = False
     center: bool = False
+    limits: ClassVar[Limits] = {"diversity": _FORMS}
     name: ClassVar[str] = "todre"
     needs: ClassVar[frozenset[str]] = frozenset({"cls_attn"})
     cost: ClassVar[str] = "O(k n D) time, O(n D) memory"
     source: ClassVar[str] = "ToDRE, stage 1 (both published forms)"
     form: ClassVar[str] = "authors'"
     flat: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.diversity is not None and self.diversity not in _FORMS:
-            raise ValueError(
-                f"todre has diversity {' or '.join(_FORMS)}, got {self.diversity!r}; leave it out for the variant's own"
-            )
 
     def work(self, item: tuple[int, int, int], count: int, width: int) -> float:
         return float(item[0] * item[1] * item[2]) * count * width

@@ -16,6 +16,7 @@ import torch
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.exact import rows_at, top
+from token_reduction.options import COUNT, Limits, Range
 from token_reduction.unit_reducer import UnitReducer
 
 
@@ -32,6 +33,7 @@ class TokenTransforming(UnitReducer):
 
     temperature: float = 10.0
     sources: int = 32
+    limits: ClassVar[Limits] = {"temperature": Range(0), "sources": COUNT}
     name: ClassVar[str] = "token_transforming"
     needs: ClassVar[frozenset[str]] = frozenset({"cls_attn"})
     cost: ClassVar[str] = "O(k n D)"
@@ -39,11 +41,6 @@ class TokenTransforming(UnitReducer):
     merges: ClassVar[bool] = True
     form: ClassVar[str] = "ours"
     scope: ClassVar[str] = "frame"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.sources < 1:
-            raise ValueError(f"a row draws from at least 1 token, got sources={self.sources!r}; 1 is pruning")
 
     def select(self, batch: Batch, count: int) -> Sequence[Selection]:
         attention, q = batch.attention(), batch.units()

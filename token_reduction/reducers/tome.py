@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from token_reduction.batch import Batch, Selection
+from token_reduction.options import COUNT, Limits
 from token_reduction.reducers.aim import rows_of
 from token_reduction.selectors.pairs import merge_rounds
 from token_reduction.unit_reducer import UnitReducer
@@ -29,6 +30,7 @@ class ToMe(UnitReducer):
     """
 
     per_round: int = 16
+    limits: ClassVar[Limits] = {"per_round": COUNT}
     name: ClassVar[str] = "tome"
     needs: ClassVar[frozenset[str]] = frozenset({"keys"})
     cost: ClassVar[str] = "O(T N^3 D / r)"
@@ -36,11 +38,6 @@ class ToMe(UnitReducer):
     merges: ClassVar[bool] = True
     form: ClassVar[str] = "authors'"
     scope: ClassVar[str] = "frame"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.per_round < 1:
-            raise ValueError(f"a round takes away at least 1 token, got per_round={self.per_round!r}; 16 is published")
 
     def select(self, batch: Batch, count: int) -> Sequence[Selection]:
         keys = batch.channels["keys"]

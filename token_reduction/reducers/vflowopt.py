@@ -19,6 +19,7 @@ from torch import Tensor
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.exact import rest, top
+from token_reduction.options import COUNT, Limits, Range
 from token_reduction.tokens import TokenShard
 from token_reduction.unit_reducer import UnitReducer
 
@@ -45,6 +46,7 @@ class VFlowOpt(UnitReducer):
     m: float = 12.0
     alpha_v: float = 0.0
     recycle: bool | None = None
+    limits: ClassVar[Limits] = {"heads": COUNT, "t": Range(0), "m": COUNT}
     name: ClassVar[str] = "vflowopt"
     cost: ClassVar[str] = "O(T N^2 D)"
     source: ClassVar[str] = "VFlowOpt, stage 1"
@@ -52,10 +54,9 @@ class VFlowOpt(UnitReducer):
     form: ClassVar[str] = "authors'"
     scope: ClassVar[str] = "frame"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (self.heads is not None and self.heads < 1) or self.m < 1 or self.t < 0:
-            raise ValueError(f"vflowopt needs heads >= 1, m >= 1, t >= 0, got {self.heads!r}, {self.m!r}, {self.t!r}")
+    @property
+    def idle(self) -> dict[str, str]:
+        return {"m": "recycle=False"} if self.recycle is False else {}
 
     @property
     def needs(self) -> frozenset[str]:

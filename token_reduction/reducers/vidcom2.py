@@ -20,6 +20,7 @@ from torch import Tensor
 from token_reduction.batch import Batch, Selection
 from token_reduction.budget import apportion
 from token_reduction.exact import best_of_each, fixed_mean, marked, top
+from token_reduction.options import POSITIVE, Limits
 from token_reduction.unit_reducer import UnitReducer
 
 
@@ -34,6 +35,7 @@ class VidCom2(UnitReducer):
     """
 
     temperature: float = 0.01
+    limits: ClassVar[Limits] = {"temperature": POSITIVE}
     name: ClassVar[str] = "vidcom2"
     cost: ClassVar[str] = "O(n D)"
     source: ClassVar[str] = "VidCom2"

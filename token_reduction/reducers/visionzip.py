@@ -17,6 +17,7 @@ from torch import Tensor
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.exact import nearest, rest, rows_at, top
+from token_reduction.options import Limits, Range
 from token_reduction.unit_reducer import UnitReducer
 
 
@@ -34,6 +35,7 @@ class VisionZip(UnitReducer):
     """
 
     contextual: float = 10 / 64
+    limits: ClassVar[Limits] = {"contextual": Range(0, 1, open=True)}
     name: ClassVar[str] = "visionzip"
     needs: ClassVar[frozenset[str]] = frozenset({"cls_attn", "keys"})
     cost: ClassVar[str] = "O(k n D)"
@@ -41,11 +43,6 @@ class VisionZip(UnitReducer):
     merges: ClassVar[bool] = True
     form: ClassVar[str] = "authors'"
     scope: ClassVar[str] = "frame"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.contextual < 1:
-            raise ValueError(f"contextual is a share between 0 and 1, got {self.contextual!r}; 10/64 is published")
 
     def select(self, batch: Batch, count: int) -> Sequence[Selection]:
         attention, keys = batch.attention(), batch.units("keys", mean_heads=True)

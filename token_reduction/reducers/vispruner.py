@@ -16,6 +16,7 @@ import torch
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.exact import rest, rows_at, top
+from token_reduction.options import COUNT, SHARE, Limits
 from token_reduction.unit_reducer import UnitReducer
 
 
@@ -32,19 +33,13 @@ class VisPruner(UnitReducer):
 
     important: float = 0.5
     per_round: int = 8
+    limits: ClassVar[Limits] = {"important": SHARE, "per_round": COUNT}
     name: ClassVar[str] = "vispruner"
     needs: ClassVar[frozenset[str]] = frozenset({"cls_attn"})
     cost: ClassVar[str] = "O(T N^3 D / r)"
     source: ClassVar[str] = "VisPruner"
     form: ClassVar[str] = "authors'"
     scope: ClassVar[str] = "frame"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.important <= 1 or self.per_round < 1:
-            raise ValueError(
-                f"vispruner has important in 0..1 and per_round of 1 or more, got {self.important!r}, {self.per_round!r}"
-            )
 
     def select(self, batch: Batch, count: int) -> Sequence[Selection]:
         attention, q = batch.attention(), batch.units()
