@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 
 from sparse_attn.geometry import Geometry, Group
-from sparse_attn.identify.products import none_minus
+from sparse_attn.identify.products import COLUMNS_ALIKE, COLUMNS_AT_ONCE, none_minus, runs
 
 ROWS_AT_ONCE = 256
 """Rows of one key head that share a pass."""
-KEYS_AT_ONCE = 1024
-"""Keys of one product: its scores stay in a cache until their maximum is taken."""
 RESULTS_AT_ONCE = 1 << 24
 """Numbers that may wait for their group."""
 
@@ -92,15 +90,15 @@ def _scores(
     rows = rows.unflatten(0, (kv_heads, each))
     below = None if anchors is None else anchors.unsqueeze(3).unflatten(0, (kv_heads, each))
     threads = min(kv_heads, torch.get_num_threads())
-    memory = rows.new_empty(threads * each * groups * units * min(KEYS_AT_ONCE, keys.shape[0]))
+    memory = rows.new_empty(threads * each * groups * units * min(COLUMNS_AT_ONCE, keys.shape[0] + COLUMNS_ALIKE))
     for head in range(0, kv_heads, threads):
         heads = slice(head, head + threads)
-        for first in range(0, keys.shape[0], KEYS_AT_ONCE):
-            some, left = slice(first, first + KEYS_AT_ONCE), bisect_right(counts, first)
-            stacked, across = rows[heads, :, left:].flatten(1, 3), keys[some, heads].permute(1, 2, 0)
+        for first, some in runs(keys[:, heads]):
+            left, last = bisect_right(counts, first), min(first + len(some), keys.shape[0])
+            stacked, across = rows[heads, :, left:].flatten(1, 3), some.permute(1, 2, 0)
             shape = *stacked.shape[:2], across.shape[2]
             scores = torch.bmm(stacked, across, out=memory[: math.prod(shape)].view(shape))
-            scores = scores.unflatten(1, (each, groups - left, units))
+            scores = scores.unflatten(1, (each, groups - left, units))[..., : last - first]
             if below is not None:
                 scores = scores.to(below.dtype).sub_(below[heads, :, left:])
-            yield (heads, slice(None), slice(left, None), some), scores
+            yield (heads, slice(None), slice(left, None), slice(first, last)), scores

@@ -6,13 +6,16 @@ where the product's sign is not minus. In bfloat16 `least` takes two dims, what 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 COLUMNS_AT_ONCE = 1024
 """Columns of one product: with a thousand rows it fills a second-level cache and no more."""
+COLUMNS_ALIKE = 128
+"""In 16 bits the columns of a product are a multiple of this: its code is made anew for every new shape, in a millisecond."""
 EARLY = 8
 """Of so many rows one asks about every column: what it keeps need not be asked again."""
 WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -58,13 +61,28 @@ def reached(rows: Tensor, keys: Tensor) -> Tensor:
     """bool (n, C): for each of n stacks of rows (n, R, d), whether some row's product with each key (C, d) is 0 or more."""
     flat, columns = rows.flatten(0, 1), keys.shape[0]
     found = torch.empty(rows.shape[0], columns, dtype=torch.bool, device=rows.device)
-    memory = rows.new_empty(flat.shape[0] * min(columns, COLUMNS_AT_ONCE))
-    for first in range(0, columns, COLUMNS_AT_ONCE):
-        some = keys[first : first + COLUMNS_AT_ONCE]
+    memory = rows.new_empty(flat.shape[0] * min(columns + COLUMNS_ALIKE, COLUMNS_AT_ONCE))
+    for first, some in runs(keys):
         products = memory[: flat.shape[0] * len(some)].view(-1, len(some))
         torch.mm(flat, some.T, out=products)
-        found[:, first : first + len(some)] = none_minus(products.view(*rows.shape[:2], -1), 1)
+        found[:, first : first + len(some)] = none_minus(products.view(*rows.shape[:2], -1), 1)[:, : columns - first]
     return found
+
+
+def runs(keys: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Keys (C, ...) in runs of few lengths, and where each begins: the last run takes keys again to be a multiple, or zeros.
+
+    >>> [(first, len(some)) for first, some in runs(torch.zeros(1500, 4, dtype=torch.bfloat16))]
+    [(0, 1024), (988, 512)]
+    >>> [(first, len(some)) for first, some in runs(torch.zeros(100, 4, dtype=torch.bfloat16))]
+    [(0, 128)]
+    """
+    multiple = COLUMNS_ALIKE if keys.element_size() == 2 else 1
+    for first in range(0, keys.shape[0], COLUMNS_AT_ONCE):
+        length = -(-min(COLUMNS_AT_ONCE, keys.shape[0] - first) // multiple) * multiple
+        start = max(0, min(first, keys.shape[0] - length))
+        some = keys[start : start + length]
+        yield start, some if len(some) == length else pad(some, (0, 0) * (keys.dim() - 1) + (0, length - len(some)))
 
 
 def reached_early(rows: Tensor, keys: Tensor) -> Tensor:
