@@ -97,7 +97,12 @@ def _scores(
             left, last = bisect_right(counts, first), min(first + len(some), keys.shape[0])
             stacked, across = rows[heads, :, left:].flatten(1, 3), some.permute(1, 2, 0)
             shape = *stacked.shape[:2], across.shape[2]
-            scores = torch.bmm(stacked, across, out=memory[: math.prod(shape)].view(shape))
+            scores = memory[: math.prod(shape)].view(shape)
+            if len(stacked) == 1:
+                # The operator for batches copies keys that are not all of their tensor; this one does not.
+                torch.mm(stacked[0], across[0], out=scores[0])
+            else:
+                torch.bmm(stacked, across, out=scores)
             scores = scores.unflatten(1, (each, groups - left, units))[..., : last - first]
             if below is not None:
                 scores = scores.to(below.dtype).sub_(below[heads, :, left:])

@@ -134,7 +134,7 @@ def boxes(rows: Tensor, box: int, reach: float, alone: int = 0) -> Tensor:
     missing = -rows.shape[1] % box
     whole = rows if not missing else torch.cat([rows, rows[:, -1:].expand(-1, missing, -1)], 1)
     whole = whole.unflatten(1, (-1, box)).to(accumulator_dtype(rows.dtype))
-    low, high = torch.aminmax(whole, dim=2)
+    low, high = whole.amin(2), whole.amax(2)
     middle = (low + high) / 2
     boxed = torch.cat([middle, reach * (high - middle)], -1).to(rows.dtype)
     return torch.cat([boxed, single], 1) if alone else boxed
