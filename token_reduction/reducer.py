@@ -98,6 +98,12 @@ class Reducer(ABC):
             budget: of one item.
             generator: source of chance for methods that draw; the others never touch it.
         """
+        if not isinstance(tokens, VisualTokens):
+            raise ValueError(
+                f"{self.name} reduces VisualTokens, got {type(tokens).__name__}; wrap features and grid in them"
+            )
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise ValueError(f"generator is a torch.Generator, got {generator!r}; torch.Generator().manual_seed(0)")
         shard, counts = whole(tokens), self.count(tokens.grid, budget)
         problem = self.problem(shard, counts)
         if problem:

@@ -138,7 +138,11 @@ def _read(text: str) -> tuple[type[Reducer], dict[str, Any], Budget]:
     wrong = [pair for pair in pairs if not all(pair.partition("="))]
     if wrong:
         raise ValueError(f"an option is written name=value, got {wrong[0]!r} in {text!r}")
-    options = {key.strip(): _value(word.strip()) for key, _, word in (pair.partition("=") for pair in pairs)}
+    options: dict[str, Any] = {}
+    for key, _, word in (pair.partition("=") for pair in pairs):
+        if key.strip() in options:
+            raise ValueError(f"{text!r} gives the option {key.strip()} twice; give it once")
+        options[key.strip()] = _value(word.strip())
     if reducer is Identity:
         if colon:
             raise ValueError(f"identity keeps every token and takes no budget, got {text!r}; write identity")

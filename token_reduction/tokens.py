@@ -9,6 +9,7 @@ once and applied to all of them. `TokenShard` is the same on one rank of several
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +33,10 @@ def check_grid(grid: Any) -> Grid:
         raise ValueError(f"grid is a list with one (frames, height, width) per item, got {grid!r}")
     if not all(isinstance(row, Sequence) and len(row) == 3 for row in rows):
         raise ValueError(f"grid needs (frames, height, width) for every item, got {grid!r}; one item is [(T, h, w)]")
-    checked = tuple((int(t), int(h), int(w)) for t, h, w in rows)
+    try:
+        checked = tuple((operator.index(t), operator.index(h), operator.index(w)) for t, h, w in rows)
+    except TypeError as error:
+        raise ValueError(f"grid entries are whole numbers, got {grid!r}; nothing is rounded") from error
     if any(t < 0 or h < 1 or w < 1 for t, h, w in checked):
         raise ValueError(f"grid entries are frames >= 0, height >= 1, width >= 1, got {checked}")
     return checked
@@ -68,6 +72,7 @@ class VisualTokens:
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
+        set_(self, "channels", _check_channels(self.channels))
         set_(self, "grid", check_grid(self.grid))
         set_(self, "cu_seqlens", _check_offsets(self.cu_seqlens, self.grid))
         _check_texts(self.channels, len(self.grid))
@@ -134,6 +139,7 @@ class TokenShard:
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
+        set_(self, "channels", _check_channels(self.channels))
         set_(self, "grid", check_grid(self.grid))
         set_(self, "cu_seqlens", _check_offsets(self.cu_seqlens, self.grid))
         _check_texts(self.channels, len(self.grid))
@@ -240,6 +246,14 @@ def _check_rows(x: Any, positions: Any, channels: Any) -> int:
             if name != "text" and part.shape[0] != rows:
                 raise ValueError(f"channel {name} has {part.shape[0]} rows but x has {rows}; all share one row index")
     return rows
+
+
+def _check_channels(channels: Any) -> Mapping[str, Any]:
+    if channels is None:
+        return {}
+    if not isinstance(channels, Mapping):
+        raise ValueError(f"channels is a mapping of names to tensors, got {_kind(channels)}")
+    return channels
 
 
 def _check_texts(channels: Mapping[str, Any], items: int) -> None:

@@ -27,7 +27,16 @@ from token_reduction.rows import at_once
 from token_reduction.tokens import TokenShard, text_of
 from tokenring.transport import Transport
 
-_BY_LAYER = {"cls_attn": "layers", "recv_attn": "layers", "cls_logits": "heads"}
+_FORMS = {
+    "cls_attn": ((1, 2), "(N,) or (N, layers)"),
+    "recv_attn": ((1, 2), "(N,) or (N, layers)"),
+    "cls_logits": ((1, 2), "(N,) or (N, heads)"),
+    "keys": ((2, 3), "(N, C) or (N, H, d)"),
+    "queries": ((2, 3), "(N, C) or (N, H, d)"),
+    "patches": ((2,), "(N, C)"),
+}
+"""Dims that a channel may have, and in words."""
+_ROWS = (range(2, 9), "(N, ...)")
 
 
 @dataclass(frozen=True)
@@ -109,10 +118,16 @@ def refuse_channels(method: UnitReducer, shard: TokenShard) -> str | None:
     """Why a channel that the method looks at cannot be what it should be, or None."""
     for name in used_channels(method, shard):
         value = shard.channels[name]
-        if name in _BY_LAYER and value.dim() not in (1, 2):
-            return f"{method.name} needs {name} as (N,) or (N, {_BY_LAYER[name]}), got {tuple(value.shape)}"
+        allowed, forms = _FORMS.get(name, _ROWS)
+        if value.dim() not in allowed or not value.shape[1:].numel():
+            return f"{method.name} needs {name} as {forms}, got {tuple(value.shape)}"
         if not finite(value):
             return f"{method.name} compares {name} and it holds NaN or infinity; look at the encoder or the dtype"
+        if name == "pixels" and value.numel() and not (value.min() >= -0.5 and value.max() <= 1.5):
+            span = f"{float(value.min()):g} to {float(value.max()):g}"
+            return (
+                f"{method.name} needs pixels in 0..1, got {span}; divide bytes by 255, undo the encoder's normalisation"
+            )
     if "text" not in method.needs:
         return None
     width = (shard.x if method.text_space == "x" else shard.channels[method.text_space]).shape[1:].numel()

@@ -34,6 +34,7 @@ def test_text_gives_options_of_every_kind():
     for text, message in (
         ("divprune,center:0.1", "written name=value, got 'center'"),
         ("divprune,centre=true:0.1", "has no option centre; its options are variant, center"),
+        ("divprune,center=true,center=false:0.1", "gives the option center twice"),
         ("vmtc,primary=half:0.1", "vmtc got primary='half'; give a finite number from 0 to 1"),
     ):
         with pytest.raises(ValueError, match=message):

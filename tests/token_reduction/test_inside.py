@@ -26,6 +26,7 @@ from token_reduction.inside import (
     prefill,
     psigmoid,
     pyramiddrop,
+    run,
     sparsevlm,
     vflowopt,
     vtw,
@@ -103,7 +104,7 @@ def test_a_plan_is_json_and_a_wrong_one_is_refused():
     for text, message in (("{", "no plan"), ('{"layers": 3}', "no plan"), ('{"scorer": "x"}', "unknown scorer")):
         with pytest.raises(ValueError, match=message):
             Scheduled.from_json(text)
-    with pytest.raises(ValueError, match="from 0"):
+    with pytest.raises(ValueError, match="or a whole number of rows above 1"):
         Scheduled(schedule={3: -0.1})
 
 
@@ -197,3 +198,36 @@ def test_what_cannot_be_asked_is_refused_in_one_line():
     ):
         with pytest.raises(ValueError, match=message):
             prefill(decoder(3), bare, policy, form)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Scheduled(schedule={1.5: 0.5}), "whole numbers from 0, got 1.5"),
+        (lambda: Scheduled(schedule={-1: 0.5}), "whole numbers from 0, got -1"),
+        (lambda: Scheduled(schedule={1: 2.5}), "got 2.5 for layer 1"),
+        (lambda: Scheduled(schedule={1: float("nan")}), "got nan for layer 1"),
+        (lambda: Scheduled(schedule=[1]), "maps layers to shares"),
+        (lambda: vtw(0), "before layer 1 or later"),
+        (lambda: pyramiddrop(3), "give 4 or more"),
+    ],
+)
+def test_schedules_that_mean_nothing_are_refused_and_never_rounded(make, said):
+    with pytest.raises(ValueError, match=said):
+        make()
+
+
+@pytest.mark.parametrize("policy", [Scheduled(schedule={9: 0.5}), ToDREStage2(), CatpStage2(layer=8)], ids=str)
+def test_a_policy_that_acts_after_a_layer_the_model_lacks_is_refused(policy):
+    with pytest.raises(ValueError, match="the model has layers 0 to 5"):
+        prefill(decoder(), prompt(), policy)
+
+
+def test_attention_goes_by_runs_of_rows_and_gives_the_same(monkeypatch):
+    blocks, p = decoder(), prompt()
+    form = Yopo(window=3, heads=((), (1,), (0, 2)), ffn=0.5)
+    whole = prefill(blocks, p, fastv(1, 0.5), form)
+    monkeypatch.setattr(run, "SCORES_AT_ONCE", 4 * 7 * len(p.kinds))
+    pieces = prefill(blocks, p, fastv(1, 0.5), form)
+    assert torch.equal(whole.rows, pieces.rows)
+    torch.testing.assert_close(whole.hidden, pieces.hidden, atol=1e-12, rtol=0)

@@ -227,6 +227,9 @@ def test_published_forms_that_let_the_data_decide_really_do():
         ),
         ("vtc_cls", {}, "cls_attn", torch.zeros(131, 2, 2), r"cls_attn as \(N,\) or \(N, layers\)"),
         ("visionzip", {}, "keys", torch.full((131, 4), float("nan")), "compares keys and it holds NaN"),
+        ("tome", {}, "keys", torch.zeros(131), r"keys as \(N, C\) or \(N, H, d\), got \(131,\)"),
+        ("vtc_cls", {}, "cls_attn", torch.zeros(131, 0), r"got \(131, 0\)"),
+        ("difffp", {}, "pixels", 255 * torch.rand(131, 4, 3), "pixels in 0..1, got .* divide bytes by 255"),
         ("vflowopt", {"heads": 4}, "cls_attn", torch.zeros(131), "multiple of 4 heads"),
         ("globalcom2", {"crops": (3, 3)}, "cls_attn", torch.rand(131), "4 frames after its thumbnail"),
     ],
@@ -292,3 +295,10 @@ def test_an_option_that_would_do_nothing_is_refused(name, options, beside):
 def test_downsample_names_itself_and_the_item_whose_budget_is_too_small():
     with pytest.raises(ValueError, match="downsample keeps at least one token per frame: item 1 has 9 frames"):
         build("downsample").count([(2, 2, 2), (9, 2, 2)], Budget.count(8))
+
+
+def test_what_is_no_batch_or_no_generator_is_refused():
+    with pytest.raises(ValueError, match="reduces VisualTokens, got Tensor"):
+        build("uniform").reduce(torch.zeros(8, 4), Budget.count(2))
+    with pytest.raises(ValueError, match="Generator, got 3"):
+        build("random").reduce(batch(), Budget.count(2), generator=3)

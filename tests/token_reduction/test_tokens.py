@@ -89,3 +89,11 @@ def test_a_shard_finds_its_rows_by_their_global_numbers():
     assert shard.bounds == [0, 2, 3, 4]
     assert shard.find(torch.tensor([80, 3, 4, 130])).tolist() == [2, 0, -1, -1]
     assert batch().shard(torch.zeros(0, dtype=torch.int64)).find(torch.tensor([0])).tolist() == [-1]
+
+
+def test_grids_are_never_rounded_and_no_channels_may_be_none():
+    with pytest.raises(ValueError, match="whole numbers"):
+        VisualTokens(X, [0, 8], [(2.9, 2, 2)], POSITIONS)
+    with pytest.raises(ValueError, match="mapping of names to tensors, got list"):
+        VisualTokens(X, [0, 8], [(2, 2, 2)], POSITIONS, [X])
+    assert VisualTokens(X, [0, 8], [(2, 2, 2)], POSITIONS, None).channels == {}

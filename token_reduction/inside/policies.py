@@ -23,6 +23,8 @@ def fastv(layer: int = 2, keep: float = 0.222) -> Scheduled:
 
 def pyramiddrop(layers: int = 32) -> Scheduled:
     """PyramidDrop: halve after each quarter of the depth, by the last instruction row. Source: Xing et al., CVPR 2025."""
+    if layers < 4:
+        raise ValueError(f"pyramiddrop acts after each quarter of the layers, got {layers!r}; give 4 or more")
     return Scheduled(name="pyramiddrop", schedule={q * layers // 4 - 1: 0.5**q for q in (1, 2, 3)}, scorer="last_row")
 
 
@@ -44,7 +46,9 @@ def aim(layers: int = 28, start: int = 14, length: int = 8) -> Scheduled:
 
 
 def vtw(layer: int) -> Scheduled:
-    """VTW: every visual row leaves before layer K = `layer`. Source: Lin et al., AAAI 2025; `fit.fit_withdrawal` finds K."""
+    """VTW: every visual row leaves before layer K = `layer`, 1 or more. Source: Lin et al., AAAI 2025; `fit.fit_withdrawal` finds K."""
+    if layer < 1:
+        raise ValueError(f"visual rows leave before layer 1 or later, got {layer!r}; without layer 0 give no pictures")
     return Scheduled(name="vtw", schedule={layer - 1: 0.0})
 
 
@@ -81,6 +85,10 @@ class ToDREStage2(LayerPolicy):
     layer: int = 27
     tau: float = 0.10
 
+    @property
+    def acts_after(self) -> tuple[int, ...]:
+        return (self.layer,)
+
     def after(self, view: View) -> Decision | None:
         if view.layer != self.layer:
             return None
@@ -102,6 +110,10 @@ class VisionDropStages(LayerPolicy):
     name: str = "visiondrop"
     stages: dict[int, tuple[int, int]] = field(default_factory=lambda: {7: (30, 5), 15: (22, 4), 23: (16, 3)})
     ahead: bool = True
+
+    @property
+    def acts_after(self) -> tuple[int, ...]:
+        return tuple(self.stages)
 
     def after(self, view: View) -> Decision | None:
         dominant, contextual = self.stages.get(view.layer, (len(view.visual), 0))
@@ -135,6 +147,10 @@ class CatpStage2(LayerPolicy):
     layer: int = 5
     keep: float = 0.5
     weight: float = 0.6
+
+    @property
+    def acts_after(self) -> tuple[int, ...]:
+        return (self.layer, self.layer + 1)
 
     def after(self, view: View) -> Decision | None:
         if view.layer == self.layer - 1:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,11 @@ class LayerPolicy:
     """Base: nothing leaves. A subclass answers `after`, and may ask for another form of attention (`forms.py`)."""
 
     name: str = "none"
+
+    @property
+    def acts_after(self) -> tuple[int, ...]:
+        """Layers after which the policy acts, as far as it knows them beforehand; a model has to have them."""
+        return ()
 
     def after(self, view: View) -> Decision | None:
         """What to do after a layer; None: go on as before."""
@@ -53,16 +60,20 @@ class Scheduled(LayerPolicy):
     recycle: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "schedule", {int(layer): share for layer, share in dict(self.schedule).items()})
+        if not isinstance(self.schedule, Mapping):
+            raise ValueError(f"a schedule maps layers to shares, got {self.schedule!r}")
+        object.__setattr__(self, "schedule", {_layer(n): _share(n, s) for n, s in self.schedule.items()})
         if self.scorer not in SCORERS:
             raise ValueError(f"unknown scorer {self.scorer!r}; scorers are {', '.join(SCORERS)}")
-        if any(share < 0 or layer < 0 for layer, share in self.schedule.items()):
-            raise ValueError(f"a schedule maps layers from 0 to shares from 0, got {dict(self.schedule)}")
-        if not 0 <= self.recycle <= 1:
+        if not (isinstance(self.recycle, Real) and 0 <= self.recycle <= 1):
             raise ValueError(f"recycle is a share in 0..1, got {self.recycle!r}")
 
     def __hash__(self) -> int:
         return hash(self.to_json())
+
+    @property
+    def acts_after(self) -> tuple[int, ...]:
+        return tuple(self.schedule)
 
     def rows(self, layer: int, total: int) -> int:
         """How many of `total` visual rows go on after a layer of the schedule."""
@@ -108,6 +119,23 @@ class Scheduled(LayerPolicy):
             return cls(**json.loads(text))
         except (TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"this is no plan of {cls.__name__}: {error}") from None
+
+
+def _layer(number: Any) -> int:
+    """A layer's number; JSON writes it as text."""
+    whole = int(number) if isinstance(number, str) and number.isdecimal() else number
+    if not isinstance(whole, int) or isinstance(whole, bool) or whole < 0:
+        raise ValueError(f"a schedule acts after layers, whole numbers from 0, got {number!r}")
+    return whole
+
+
+def _share(layer: Any, share: Any) -> float:
+    known = isinstance(share, Real) and not isinstance(share, bool)
+    if not known or not (0 <= share <= 1 or (share > 1 and share == int(share))):
+        raise ValueError(
+            f"a schedule keeps a share in 0..1 or a whole number of rows above 1, got {share!r} for layer {layer}"
+        )
+    return share
 
 
 def _recycled(view: View, score: Tensor, keep: Tensor, share: float) -> Tensor:

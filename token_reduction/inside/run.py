@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Protocol
 
 import torch
@@ -21,6 +22,9 @@ from token_reduction.inside.forms import Form
 from token_reduction.inside.policy import LayerPolicy
 from token_reduction.inside.probe import Probe
 from token_reduction.inside.view import TEXT, VISUAL, Decision, Prompt, View
+
+SCORES_AT_ONCE = 1 << 24
+"""Attention scores that are held at a time."""
 
 
 class Block(Protocol):
@@ -76,6 +80,12 @@ def prefill(
     Attention is computed here in plain torch; `Probe` needs its q, k and lse only.
     """
     policy, form = policy or LayerPolicy(), form or Form()
+    beyond = [layer for layer in policy.acts_after if not 0 <= layer < len(blocks)]
+    if beyond:
+        raise ValueError(
+            f"the policy {policy.name} acts after layers {beyond}, and the model has layers 0 to {len(blocks) - 1}; "
+            "give it layers of this model"
+        )
     device = prompt.hidden.device
     alive, hidden = torch.arange(prompt.hidden.shape[0], device=device), prompt.hidden
     after = prompt.positions.amax(1, keepdim=True).amax(0, keepdim=True).expand(prompt.positions.shape[0], 1) + 1
@@ -166,9 +176,17 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, cut: Tensor | None = None, silent: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention (q, H, d) and its lse (H, q). cut: (H, k) columns zeroed after the softmax, without renormalising; the rows
-    `silent` (q,) of heads with cut columns write nothing."""
-    heads = q.shape[1]
-    k, v = (part.repeat_interleave(heads // part.shape[1], 1) for part in (k, v))
+    `silent` (q,) of heads with cut columns write nothing. Scores are made for some rows at a time."""
+    each = max(1, SCORES_AT_ONCE // max(1, q.shape[1] * len(k)))
+    k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (k, v))
+    runs = zip(q.split(each), allowed.split(each), repeat(None) if silent is None else silent.split(each))
+    mixed, lse = zip(*(_attend(rows, k, v, pairs, cut, mute) for rows, pairs, mute in runs))
+    return torch.cat(mixed), torch.cat(lse, 1)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, cut: Tensor | None, silent: Tensor | None
+) -> tuple[Tensor, Tensor]:
     logits = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
     logits = logits.masked_fill(~allowed, -torch.inf)
     lse = logits.logsumexp(-1)
