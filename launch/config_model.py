@@ -72,7 +72,7 @@ class AnchorSection(Section):
     section: ClassVar[str] = "anchor"
 
     theta: float = option("--anchor-theta", 6.0)
-    """A column of keys is kept where anchor - score <= theta for a row that counts; larger keeps more, .inf all (dense)."""
+    """A column of keys is kept where anchor - score <= theta for a row that counts; larger keeps more, inf all (dense)."""
     density: float | None = option("--anchor-density", None)
     """Instead of theta: the share of causal pairs to compute, from which each layer's theta is estimated."""
     tuned: str | None = option("--anchor-tuned", None)
@@ -95,7 +95,7 @@ class AnchorSection(Section):
     def __post_init__(self) -> None:
         self.check_types()
         if math.isnan(self.theta):
-            raise self.refuse("theta", "give a number; .inf keeps every column")
+            raise self.refuse("theta", "give a number; inf keeps every column")
         self.within("density", 0, 1, open_low=True)
         self.one_of("identify", IDENTIFY)
         self.one_of("keep", KEEP)

@@ -129,8 +129,32 @@ def test_token_flex_draws_its_count_in_training_and_takes_the_largest_after():
         (lambda: CrossLMM(C, 2, 2)(torch.zeros(1, 3, C), torch.zeros(1, 1, C), torch.zeros(1, 1, 4, 4, C)), "4 pooled"),
         (lambda: BiLevelRouting(C, 2, 2, 5), "5 of 4 regions"),
         (lambda: Matryoshka((2, 2)), "strides rise"),
+        (lambda: Matryoshka((2, 3)), "a multiple of the one before"),
+        (lambda: Matryoshka((1, 2))(torch.zeros(1, 4, 4, C), 2), "levels are 0 to 1"),
+        (
+            lambda: TokenPacker(C, 1, 4, 2, 2)(torch.zeros(1, 4, 4, C), torch.zeros(1, 6, 4, C)),
+            "one grid on all levels",
+        ),
+        (lambda: RegisterEncoder(C, 0, 1, 2), "registers is 0"),
+        (lambda: RegisterEncoder(C, 2, 1, 3), "does not divide into 3 heads"),
+        (lambda: SlotAttention(C, 2, steps=0), "steps is 0"),
+        (lambda: SlotAttention(C, 2)(torch.zeros(1, 4, C + 1)), "SlotAttention takes"),
+        (lambda: CrossLMM(C, 2, 3), "does not divide into 3 heads"),
+        (
+            lambda: CrossLMM(C, 2, 2)(torch.zeros(1, 4, C), torch.zeros(1, 1, 3), torch.zeros(1, 1, 4, 4, C)),
+            "CrossLMM's text takes",
+        ),
+        (
+            lambda: QueCC(C, 1, 5, 4, 2, 2)(torch.zeros(2, 4, 4, C), torch.zeros(2, 4, 4, C), torch.zeros(1, 5)),
+            "2 maps and 1 questions",
+        ),
+        (lambda: SpatialTokens(C, 4, (), heads=2), "sides is empty"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_batch_of_none_keeps_its_shape():
+    assert TokenPacker(C, 1, 4, 2, 2)(torch.zeros(0, 4, 4, C), torch.zeros(0, 4, 4, C)).shape == (0, 4, 4)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from token_reduction.modules.local import pooled
+from token_reduction.modules.local import check_rows, check_sizes, pooled
 
 
 class CrossLMM(nn.Module):
@@ -30,18 +30,22 @@ class CrossLMM(nn.Module):
 
     def __init__(self, width: int, side: int = 3, heads: int = 8) -> None:
         super().__init__()
-        self.side = side
+        check_sizes(width=width, heads=heads, side=side)
+        self.side, self.width = side, width
         self.norm_visual, self.norm_text = nn.LayerNorm(width), nn.LayerNorm(width)
         self.v2v, self.t2v = (nn.MultiheadAttention(width, heads, batch_first=True) for _ in range(2))
         self.gate = nn.Parameter(torch.zeros(()))
 
     def pool(self, frames: Tensor) -> Tensor:
         """(B, T, h, w, D) -> (B, T side^2, D)."""
+        check_rows(frames, "B, T, h, w", self.width, "CrossLMM.pool")
         b, t = frames.shape[:2]
         return pooled(frames.flatten(0, 1), self.side, self.side).reshape(b, t * self.side**2, -1)
 
     def forward(self, visual: Tensor, text: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Pooled tokens (B, T side^2, D) and text (B, m, D) after looking at the frames (B, T, h, w, D)."""
+        for x, rows, what in ((visual, "B, n", "visual"), (text, "B, m", "text"), (frames, "B, T, h, w", "frames")):
+            check_rows(x, rows, self.width, f"CrossLMM's {what}")
         b, t, _, _, d = frames.shape
         if visual.shape[1] != t * self.side**2:
             raise ValueError(f"{t} frames have {t * self.side**2} pooled tokens, got {visual.shape[1]}")

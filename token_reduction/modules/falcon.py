@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from token_reduction.modules.local import check_sizes
+
 
 class RegisterEncoder(nn.Module):
     """(B, crops, n, C) -> (B, crops x registers, C).
@@ -25,6 +27,7 @@ class RegisterEncoder(nn.Module):
 
     def __init__(self, channels: int, registers: int = 64, layers: int = 2, heads: int = 8) -> None:
         super().__init__()
+        check_sizes(width=channels, heads=heads, registers=registers, layers=layers)
         self.registers = nn.Parameter(torch.randn(registers, channels) / channels**0.5)
         self.inside = nn.ModuleList(_layer(channels, heads) for _ in range(layers))
         self.across = nn.ModuleList(_layer(channels, heads) for _ in range(layers))

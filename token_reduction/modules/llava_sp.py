@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from token_reduction.modules.local import flat, perceptron
+from token_reduction.modules.local import check_rows, check_sizes, flat, perceptron
 
 
 class SpatialTokens(nn.Module):
@@ -37,6 +37,9 @@ class SpatialTokens(nn.Module):
         heads: int = 8,
     ) -> None:
         super().__init__()
+        if not sides:
+            raise ValueError("sides is empty; give the side of one kernel or more")
+        check_sizes(width=channels, heads=heads, inner=inner, **{f"side {n}": side for n, side in enumerate(sides)})
         if form not in ("crop", "pool"):
             raise ValueError(f"form is crop or pool, got {form!r}")
         self.sides, self.form = tuple(sides), form
@@ -46,6 +49,7 @@ class SpatialTokens(nn.Module):
         self.out = perceptron(channels, width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_rows(x, "B, h, w", self.lift.out_features, "SpatialTokens")
         _, h, w, _ = x.shape
         if max(self.sides) > min(h, w):
             raise ValueError(f"kernels of side {max(self.sides)} need a map of that size, got {h} x {w}")

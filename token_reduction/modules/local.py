@@ -16,10 +16,33 @@ def check_map(x: Tensor, channels: int, side: int, name: str) -> None:
         )
 
 
+def check_rows(x: Tensor, rows: str, width: int, name: str) -> None:
+    """Rows (`rows`, width), such as "B, n", or ValueError."""
+    if x.dim() != rows.count(",") + 2 or x.shape[-1] != width:
+        raise ValueError(f"{name} takes ({rows}, {width}), got {tuple(x.shape)}")
+
+
+def check_same_grid(x: Tensor, y: Tensor, name: str) -> None:
+    """Maps of one batch and one grid, or ValueError."""
+    if x.shape[:3] != y.shape[:3]:
+        raise ValueError(
+            f"{name} looks at one grid on all levels, got maps {tuple(x.shape[:3])} and {tuple(y.shape[:3])} (B, h, w)"
+        )
+
+
+def check_sizes(**sizes: int) -> None:
+    """Whole numbers of 1 or more, or ValueError; `width` must divide into `heads`."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} is {size!r}; give a whole number of 1 or more")
+    if "heads" in sizes and sizes["width"] % sizes["heads"]:
+        raise ValueError(f"width {sizes['width']} does not divide into {sizes['heads']} heads")
+
+
 def cells(x: Tensor, side: int) -> Tensor:
     """(B, h, w, C) -> (B, cells, side^2, C), cells in raster order."""
     b, h, w, c = x.shape
-    x = x.view(b, h // side, side, w // side, side, c).permute(0, 1, 3, 2, 4, 5)
+    x = x.reshape(b, h // side, side, w // side, side, c).permute(0, 1, 3, 2, 4, 5)
     return x.reshape(b, h // side * (w // side), side * side, c)
 
 
@@ -28,15 +51,17 @@ class CellAttention(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        if width % heads:
-            raise ValueError(f"width {width} does not divide into {heads} heads")
+        check_sizes(width=width, heads=heads)
         self.heads = heads
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         b, n, m, c = k.shape
-        query = self.q(q).view(b * n, 1, self.heads, -1).transpose(1, 2)
-        key, value = (part(x).view(b * n, m, self.heads, -1).transpose(1, 2) for part, x in ((self.k, k), (self.v, v)))
+        query = self.q(q).view(b * n, 1, self.heads, c // self.heads).transpose(1, 2)
+        key, value = (
+            part(x).view(b * n, m, self.heads, c // self.heads).transpose(1, 2)
+            for part, x in ((self.k, k), (self.v, v))
+        )
         mixed = nn.functional.scaled_dot_product_attention(query, key, value)
         return self.out(mixed.transpose(1, 2).reshape(b, n, c))
 

@@ -8,11 +8,12 @@ Source: "Matryoshka Multimodal Models", section 3.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from token_reduction.modules.local import check_map
+from token_reduction.modules.local import check_map, check_sizes
 
 
 class Matryoshka(nn.Module):
@@ -28,11 +29,14 @@ class Matryoshka(nn.Module):
 
     def __init__(self, strides: Sequence[int] = (1, 2, 4, 8, 24)) -> None:
         super().__init__()
-        if list(strides) != sorted(set(strides)) or min(strides) < 1:
-            raise ValueError(f"strides rise from 1, got {tuple(strides)}")
+        check_sizes(**{f"stride {number}": side for number, side in enumerate(strides)})
+        if not strides or any(wide <= side or wide % side for side, wide in pairwise(strides)):
+            raise ValueError(f"strides rise, each a multiple of the one before, got {tuple(strides)}")
         self.strides = tuple(strides)
 
     def forward(self, x: Tensor, level: int) -> Tensor:
+        if not 0 <= level < len(self.strides):
+            raise ValueError(f"levels are 0 to {len(self.strides) - 1}, from fine to coarse, got {level!r}")
         side = self.strides[level]
         check_map(x, x.shape[-1], side, "Matryoshka")
         return nn.functional.avg_pool2d(x.permute(0, 3, 1, 2), side).flatten(2).mT

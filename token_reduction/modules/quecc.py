@@ -10,7 +10,16 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from token_reduction.modules.local import CellAttention, cells, check_map, flat, perceptron
+from token_reduction.modules.local import (
+    CellAttention,
+    cells,
+    check_map,
+    check_rows,
+    check_same_grid,
+    check_sizes,
+    flat,
+    perceptron,
+)
 
 
 class QueCC(nn.Module):
@@ -24,6 +33,7 @@ class QueCC(nn.Module):
 
     def __init__(self, channels: int, levels: int, text: int, width: int, stride: int = 4, heads: int = 8) -> None:
         super().__init__()
+        check_sizes(channels=channels, levels=levels, text=text, stride=stride)
         self.channels, self.levels, self.stride = channels, levels, stride
         self.question = nn.Linear(text, channels)
         self.query = nn.Sequential(perceptron(channels, channels, channels), nn.LayerNorm(channels))
@@ -35,6 +45,10 @@ class QueCC(nn.Module):
     def forward(self, x: Tensor, levels: Tensor, question: Tensor) -> Tensor:
         check_map(x, self.channels, self.stride, "QueCC")
         check_map(levels, self.levels * self.channels, self.stride, "QueCC's levels")
+        check_same_grid(x, levels, "QueCC")
+        check_rows(question, "B", self.question.in_features, "QueCC's question")
+        if len(question) != len(x):
+            raise ValueError(f"QueCC got {len(x)} maps and {len(question)} questions; give one for each map")
         asked = self.query(x + self.question(question)[:, None, None])
         query = flat(self.down(asked.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         fine = cells(levels, self.stride)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from token_reduction.modules.local import perceptron
+from token_reduction.modules.local import check_rows, check_sizes, perceptron
 
 
 class SlotAttention(nn.Module):
@@ -26,6 +26,7 @@ class SlotAttention(nn.Module):
 
     def __init__(self, channels: int, slots: int = 32, steps: int = 3) -> None:
         super().__init__()
+        check_sizes(channels=channels, slots=slots, steps=steps)
         self.steps, self.scale = steps, channels**-0.5
         self.start = nn.Parameter(torch.randn(slots, channels))
         self.norm, self.norm_slots, self.norm_out = (nn.LayerNorm(channels) for _ in range(3))
@@ -35,6 +36,7 @@ class SlotAttention(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The slots, and (B, slots, n) shares that sum to 1 over slots."""
+        check_rows(x, "B, n", self.start.shape[1], "SlotAttention")
         x = self.norm(x)
         k, v = self.k(x), self.v(x)
         slots = self.start.expand(len(x), -1, -1)

@@ -10,7 +10,15 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from token_reduction.modules.local import CellAttention, cells, check_map, perceptron, pooled
+from token_reduction.modules.local import (
+    CellAttention,
+    cells,
+    check_map,
+    check_same_grid,
+    check_sizes,
+    perceptron,
+    pooled,
+)
 
 
 class TokenPacker(nn.Module):
@@ -28,6 +36,7 @@ class TokenPacker(nn.Module):
 
     def __init__(self, channels: int, levels: int, width: int, scale: int = 2, heads: int = 8) -> None:
         super().__init__()
+        check_sizes(channels=channels, levels=levels, scale=scale)
         self.channels, self.levels, self.scale = channels, levels, scale
         self.query = nn.Sequential(nn.Linear(channels, channels), nn.LayerNorm(channels))
         self.key, self.value = (
@@ -39,6 +48,7 @@ class TokenPacker(nn.Module):
     def forward(self, x: Tensor, levels: Tensor) -> Tensor:
         check_map(x, self.channels, self.scale, "TokenPacker")
         check_map(levels, self.levels * self.channels, self.scale, "TokenPacker's levels")
+        check_same_grid(x, levels, "TokenPacker")
         _, h, w, _ = x.shape
         query = self.query(pooled(x, h // self.scale, w // self.scale))
         fine = cells(levels, self.scale)

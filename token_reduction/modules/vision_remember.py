@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from token_reduction.modules.local import CellAttention, cells, check_map
+from token_reduction.modules.local import CellAttention, cells, check_map, check_rows, check_same_grid, check_sizes
 
 
 class VisionRemember(nn.Module):
@@ -27,6 +27,7 @@ class VisionRemember(nn.Module):
 
     def __init__(self, width: int, channels: int, levels: int, side: int = 2, heads: int = 8) -> None:
         super().__init__()
+        check_sizes(channels=channels, levels=levels, side=side)
         self.channels, self.side = channels, side
         self.norm = nn.LayerNorm(width)
         self.lift = nn.ModuleList(nn.Linear(channels, width) for _ in range(levels))
@@ -34,11 +35,13 @@ class VisionRemember(nn.Module):
         self.attention = CellAttention(width, heads)
 
     def forward(self, tokens: Tensor, levels: list[Tensor]) -> Tensor:
+        check_rows(tokens, "B, n", self.depth.shape[1], "VisionRemember")
         if len(levels) != len(self.lift):
             raise ValueError(f"VisionRemember has {len(self.lift)} levels, got {len(levels)}")
         fine = []
         for level, lift, depth in zip(levels, self.lift, self.depth, strict=True):
             check_map(level, self.channels, self.side, "VisionRemember")
+            check_same_grid(level, levels[0], "VisionRemember")
             fine.append(cells(lift(level) + depth, self.side))
         keys = torch.cat(fine, 2)
         if keys.shape[1] != tokens.shape[1]:
