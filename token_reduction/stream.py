@@ -84,8 +84,10 @@ class _Said:
     """The budget of each window, and whether the video is as long as was said."""
 
     def __init__(self, budget: Budget, window: int, total: int | None) -> None:
-        if window < 1:
-            raise ValueError(f"a window holds at least 1 frame, got {window}")
+        if not isinstance(window, int) or window < 1:
+            raise ValueError(f"a window holds at least 1 frame, in whole numbers, got {window!r}")
+        if not isinstance(budget, Budget):
+            raise ValueError(f"a stream needs a Budget, got {budget!r}; Budget.ratio(1.0) keeps everything")
         if budget.kind == "count" and total is None:
             raise ValueError("a count of the whole video needs total_frames; give it, or a ratio")
         self.budget, self.window, self.total = budget, window, total
@@ -126,6 +128,8 @@ def _regroup(runs: Iterable[VisualTokens], window: int) -> Iterator[VisualTokens
     held: list[VisualTokens] = []
     frames = 0
     for run in runs:
+        if not isinstance(run, VisualTokens):
+            raise ValueError(f"runs are VisualTokens, got {type(run).__name__}; wrap frames in them, one item a run")
         if len(run.grid) != 1:
             raise ValueError(f"a run is one item, got {len(run.grid)}; give each video a stream of its own")
         if held and run.grid[0][1:] != held[0].grid[0][1:]:

@@ -58,7 +58,7 @@ def test_g_search_finds_the_smallest_non_rising_shares_that_hold():
     assert fitted.plan.policy.schedule == {0: 0.75, 2: 0.5, 4: 0.1}
     assert fitted.value == 0.0
     rising = {0: 0.1, 2: 0.5}
-    got = fit_g_search(lambda p: float(sum(s < rising[l] for l, s in p.policy.schedule.items())), (0, 2), 0.0, choices)  # noqa: E741
+    got = fit_g_search(lambda p: float(sum(s < rising[l] for l, s in p.policy.schedule.items())), (0, 2), 1.0, choices)  # noqa: E741
     assert got.plan.policy.schedule == {0: 0.1, 2: 0.1}  # never more than the layer before
 
 
@@ -76,12 +76,15 @@ def test_bayes_comes_nearer_than_chance_and_follows_its_seed():
         seen = {}
 
         def make(numbers):
-            plan = Plan(ratio=0.5, options={"at": tuple(numbers)})
-            seen[plan.options["at"]] = value(numbers)
+            plan = Plan(ratio=0.5, method="vflowopt", options=dict(zip(("t", "alpha_v"), numbers)))
+            seen[tuple(numbers)] = value(numbers)
             return plan
 
-        found = fit(Bayes([(0, 1), (-4, 4)], make, calls=40, starts=starts, seed=seed), lambda p: seen[p.options["at"]])
-        return found.value, found.plan.options["at"]
+        def at(plan):
+            return tuple(plan.options.values())
+
+        found = fit(Bayes([(0, 1), (-4, 4)], make, calls=40, starts=starts, seed=seed), lambda p: seen[at(p)])
+        return found.value, at(found.plan)
 
     guided, drawn = [run(8, s)[0] for s in range(3)], [run(40, s)[0] for s in range(3)]
     assert all(a < b for a, b in zip(guided, drawn, strict=True)) and max(guided) < 2e-3
@@ -161,3 +164,26 @@ class Still(type(decoder(1)[0])):
 
     def finish(self, hidden, mixed, share):
         return hidden
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"ratio": 2}', "at most 1, got 2"),
+        ('{"ratio": "x"}', "got 'x'"),
+        ('{"method": "foo"}', "unknown reduction method 'foo'"),
+        ('{"method": "divprune", "options": {"foo": 1}}', "divprune has no option foo"),
+        ('{"options": [1]}', "give a mapping"),
+        ('{"policy": {"schedule": {"a": 1}}}', "whole numbers from 0"),
+    ],
+)
+def test_a_plan_that_could_not_be_followed_is_refused(text, said):
+    with pytest.raises(ValueError, match=said):
+        Plan.from_json(text)
+
+
+def test_g_search_gives_no_plan_where_not_even_the_largest_share_holds():
+    with pytest.raises(ValueError, match="within the bound, the best value is 9"):
+        fit_g_search(lambda plan: 9.0, [2, 4], 0.1, [0.25, 0.5])
+    with pytest.raises(ValueError, match="one or more of both"):
+        fit_g_search(lambda plan: 0.0, [2, 4], 0.1, [])

@@ -106,3 +106,13 @@ def test_bad_streams_are_refused():
         next(reduce_stream(build("uniform"), [batch()], Budget.ratio(0.5), window=4))
     with pytest.raises(ValueError, match=r"share \(h, w\)"):
         list(reduce_stream(build("uniform"), [tokens, one(torch.zeros(4, 12))], Budget.ratio(0.5), window=8))
+
+
+def test_streams_refuse_windows_budgets_and_runs_of_another_kind():
+    for runs, budget, window, said in (
+        ([], Budget.ratio(0.5), 1.5, "in whole numbers, got 1.5"),
+        ([], None, 2, "needs a Budget, got None"),
+        ([torch.zeros(3, 3)], Budget.ratio(0.5), 2, "runs are VisualTokens, got Tensor"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            list(reduce_stream(build("uniform"), runs, budget, window=window))

@@ -10,7 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from token_reduction.budget import Budget
 from token_reduction.inside.policy import Scheduled
+from token_reduction.registry import build
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,8 @@ class Plan:
         policy: the schedule inside the model.
         method, options, ratio: the reducer before it, for `build(method, **options)` and `Budget.ratio(ratio)`.
 
+    Raises: ValueError for a method, options or a ratio that these would refuse.
+
     >>> plan = Plan(policy=Scheduled(schedule={3: 0.5}), method="vflowopt", options={"t": 30.0}, ratio=0.25)
     >>> Plan.from_json(plan.to_json()) == plan, plan.cost(8)
     (True, 0.1875)
@@ -30,6 +34,14 @@ class Plan:
     method: str = "identity"
     options: Mapping[str, Any] = field(default_factory=dict)
     ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.policy, Scheduled):
+            raise ValueError(f"policy is {self.policy!r}; give a Scheduled")
+        Budget.ratio(self.ratio)
+        if not isinstance(self.options, Mapping):
+            raise ValueError(f"options are {self.options!r}; give a mapping of names to values")
+        build(self.method, **self.options)
 
     def cost(self, layers: int) -> float:
         """Mean over layers of the share of the picture's tokens that a layer computes."""

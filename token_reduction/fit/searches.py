@@ -42,6 +42,9 @@ class LayerByLayer:
     def __init__(self, layers: Sequence[int], choices: Sequence[float], bound: float, scorer: str) -> None:
         self.layers, self.bound, self.scorer = list(layers), bound, scorer
         self.choices = sorted(set(choices))
+        if not self.choices or not self.layers:
+            raise ValueError(f"got layers {self.layers} and choices {self.choices}; give one or more of both")
+        self.holds = False
         self.fixed: dict[int, float] = {}
         self.plan: Plan | None = None
         self._open(len(self.choices) - 1)
@@ -65,6 +68,7 @@ class LayerByLayer:
     def tell(self, plan: Plan, value: float) -> None:
         """Learn a value: halve what is open."""
         if len(self.fixed) == len(self.layers):
+            self.holds = value <= self.bound
             return
         middle = (self.low + self.high) // 2
         if value <= self.bound:
@@ -73,8 +77,8 @@ class LayerByLayer:
             self.low = middle + 1
 
     def best(self) -> Plan | None:
-        """The plan of all layers."""
-        return self.plan
+        """The plan of all layers, where it is within the bound."""
+        return self.plan if self.holds else None
 
     def _with(self, more: dict[int, float]) -> Plan:
         return Plan(policy=Scheduled(name="g_search", schedule={**self.fixed, **more}, scorer=self.scorer))
@@ -90,7 +94,7 @@ def fit_g_search(
 ) -> Fitted:
     """G-Search: the smallest share of each layer, shallow to deep, that keeps the value within `bound`.
 
-    choices: shares to choose from; the largest is taken to hold everywhere.
+    choices: shares to choose from; the largest is taken to hold everywhere, and where it does not there is no plan.
     """
     return fit(LayerByLayer(layers, choices, bound, scorer), objective)
 
