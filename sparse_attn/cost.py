@@ -76,8 +76,8 @@ def test_cost(geometry: Geometry, config: AnchorConfig, kept: float, passed: flo
     left = max(0.0, passed - kept) * (EARLY - 1) / EARLY
     tested = TESTED if config.scores == "auto" else PRODUCT
     shares = {
-        "pooled": PRODUCT * 2 / geometry.block,
-        "lse": PRODUCT * 2 / geometry.block,
+        "pooled": tested * 2 / geometry.block,
+        "lse": tested * 2 / geometry.block,
         "rescore": tested * (4 / config.box + passed / EARLY + left),
         "every": tested,
     }

@@ -23,7 +23,8 @@ from torch import Tensor
 from sparse_attn.config import AnchorConfig
 from sparse_attn.distributed.cut import Cut, Part
 from sparse_attn.geometry import Group
-from sparse_attn.identify.ahead import groups_at_once, reaching
+from sparse_attn.identify.ahead import groups_at_once
+from sparse_attn.identify.means import MeanTest
 from sparse_attn.identify.products import least_scores, reached, test_dtype, with_least, with_ones
 from sparse_attn.identify.rows import LONG, box_edges, rows_alone
 from tokenring.merge import accumulator_dtype
@@ -68,7 +69,7 @@ class Means:
 
     def __init__(self, cut: Cut, config: AnchorConfig, scale: float, q: Tensor, k: Tensor, anchor: Tensor) -> None:
         self.cut, self.scale, self.q, self.k, self.anchor = cut, scale, q, k, anchor
-        self.theta = anchor.new_tensor(config.thetas(q.shape[2]))[:, None, None]
+        self.test = MeanTest(k, config, q.shape[2], anchor)
         self.dtype, self.wide = q.dtype, anchor.dtype
         self.shape, self.dim = (q.shape[0], q.shape[2]), q.shape[3]
 
@@ -101,8 +102,8 @@ class Means:
         for numbers in self._together(rows):
             counts = [_count(rows[number]) for number in numbers]
             means, anchors = (torch.stack(x, 2) for x in zip(*(self._put_together(n, told[n]) for n in numbers)))
-            keys = (picked(k, rows[numbers[-1]]) for k in self.k)
-            found = [reaching(m.to(k.dtype), a - self.theta, k, counts) for m, a, k in zip(means, anchors, keys)]
+            keys = (picked(k, rows[numbers[-1]]) for k in self.test.keys)
+            found = [self.test.kept(m, a, k, counts) for m, a, k in zip(means, anchors, keys)]
             for place, (number, count) in enumerate(zip(numbers, counts)):
                 yield number, torch.stack([entry[:, place, :count] for entry in found])
 

@@ -6,6 +6,7 @@ keep column j  <=>  qbar_u . k_j * scale + theta >= xbar_u  for some block u of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -15,7 +16,27 @@ from sparse_attn.config import AnchorConfig
 from sparse_attn.geometry import Geometry, Group
 from sparse_attn.identify.ahead import Ahead, group_maxima, groups_at_once, reaching
 from sparse_attn.identify.maximum import row_tops
+from sparse_attn.identify.products import beside, finite_thetas, test_dtype, with_ones
 from sparse_attn.kernels.state import AnchorState
+
+
+class MeanTest:
+    """Keys ready for mean queries, and the test: anchors ride along as further dims where keys are copied to 16 bits anyway."""
+
+    def __init__(self, k: Tensor, config: AnchorConfig, q_heads: int, like: Tensor) -> None:
+        """k: (B, Sk, Hkv, D). like: any tensor of the anchors' dtype and device."""
+        self.dtype = test_dtype(k, config.scores)
+        self.joined = self.dtype != k.dtype
+        self.keys = with_ones(k, self.dtype).transpose(1, 2) if self.joined else k
+        self.theta = finite_thetas(like, config.thetas(q_heads), self.dtype)[:, None, None]
+
+    def kept(self, means: Tensor, anchors: Tensor, keys: Tensor, counts: Sequence[int]) -> Tensor:
+        """bool (Hq, G, C): scaled mean queries (Hq, G, U, D) and anchors (Hq, G, U) of groups that ask about `counts` of the
+        keys (C, Hkv, d), some of `self.keys`."""
+        least = anchors - self.theta
+        if self.joined:
+            return reaching(beside(means, least, self.dtype), None, keys, counts)
+        return reaching(means.to(keys.dtype), least, keys, counts)
 
 
 class MeanFinder:
@@ -35,7 +56,7 @@ class MeanFinder:
         self.anchor = (
             state.lse if config.identify == "lse" else row_tops(state, q, k, geometry, scale, keep, config.scores)
         )
-        self.theta = state.lse.new_tensor(config.thetas(q.shape[2]))[:, None, None]
+        self.test = MeanTest(k, config, q.shape[2], state.lse)
         self.ahead: Ahead[Tensor] = Ahead(geometry)
 
     def kept(self, group: Group, entry: int) -> Tensor:
@@ -49,19 +70,16 @@ class MeanFinder:
         return self.kept(group, entry)
 
     def _kept(self, groups: list[Group], entry: int) -> list[Tensor]:
-        means, anchors, keys, counts = self._asked(groups, entry)
-        found = reaching(means, anchors - self.theta, keys, counts)
+        counts = [group.candidate_keys for group in groups]
+        keys = self.test.keys[entry, groups[0].candidates[0] : groups[-1].candidates[1]]
+        found = self.test.kept(*self._pooled_together(groups, entry), keys, counts)
         return [found[:, n, :count] for n, count in enumerate(counts)]
 
     def margins(self, group: Group, entry: int) -> Tensor:
         """(Hq, candidates): largest pooled score above the pooled anchor, over the group's blocks."""
-        return group_maxima(*self._asked([group], entry))[:, 0]
-
-    def _asked(self, groups: list[Group], entry: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-        """Mean queries and anchors of some groups, all candidates of the last, and how many of these are each group's."""
-        means, anchors = self._pooled_together(groups, entry)
-        keys = self.k[entry, groups[0].candidates[0] : groups[-1].candidates[1]]
-        return means.to(keys.dtype), anchors, keys, [group.candidate_keys for group in groups]
+        means, anchors = self._pooled_together([group], entry)
+        keys = self.k[entry, slice(*group.candidates)]
+        return group_maxima(means.to(keys.dtype), anchors, keys, [group.candidate_keys])[:, 0]
 
     def _pooled_together(self, groups: list[Group], entry: int) -> tuple[Tensor, Tensor]:
         """Scaled mean queries (Hq, groups, blocks, D) and anchors (Hq, groups, blocks)."""

@@ -35,18 +35,27 @@ def _native_bfloat16() -> bool:
 
 
 def least_scores(lse: Tensor, thetas: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """(B, Hq, rows): the least score that each row keeps, lse - theta; an infinite theta becomes one that `dtype` can hold."""
+    """(B, Hq, rows): the least score that each row keeps, lse - theta."""
+    return lse - finite_thetas(lse, thetas, dtype)[:, None]
+
+
+def finite_thetas(lse: Tensor, thetas: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """(Hq): thetas in the dtype of `lse`; an infinite one becomes one that `dtype` can hold."""
     most = min(1e30, torch.finfo(dtype).max / 4)
-    return lse - lse.new_tensor(thetas).clamp(-most, most)[:, None]
+    return lse.new_tensor(thetas).clamp(-most, most)
 
 
 def with_least(q: Tensor, least: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """(Hq, rows, D + 1 or D + 2): scaled queries (rows, Hq, D) and minus the least scores that they keep (Hq, rows)."""
-    rows = q.transpose(0, 1).to(least.dtype) * scale
-    parts = [rows.to(dtype), -least.unsqueeze(2).to(dtype)]
+    return beside(q.transpose(0, 1).to(least.dtype) * scale, least, dtype)
+
+
+def beside(rows: Tensor, least: Tensor, dtype: torch.dtype) -> Tensor:
+    """(..., D + 1 or D + 2): scaled rows (..., D) and minus the least scores that they keep (...)."""
+    parts = [rows.to(dtype), -least.unsqueeze(-1).to(dtype)]
     if torch.finfo(dtype).bits < 32:
-        parts.append((-least.unsqueeze(2) - parts[1].to(least.dtype)).to(dtype))
-    return torch.cat(parts, 2)
+        parts.append((-least.unsqueeze(-1) - parts[1].to(least.dtype)).to(dtype))
+    return torch.cat(parts, -1)
 
 
 def with_ones(k: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sparse_attn import AnchorConfig, StripePlan, plan
+from sparse_attn.identify.ahead import reaching
 from sparse_attn.identify.products import reached, reached_early
 from tests.oracle import random_qkv
 
@@ -141,14 +142,31 @@ def test_a_head_may_keep_all_or_nothing(method: str, dtype: torch.dtype) -> None
         assert both.columns(number, 0, 1).tolist() == []
 
 
+@pytest.mark.parametrize("columns", [1, 300, 1500])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_rows_that_ask_first_change_nothing(dtype: torch.dtype) -> None:
+def test_rows_that_ask_first_change_nothing(dtype: torch.dtype, columns: int) -> None:
     make = torch.Generator().manual_seed(0)
-    rows, keys = (torch.randn(n, 12, generator=make, dtype=torch.float64).to(dtype) for n in (45, 300))
+    rows, keys = (torch.randn(n, 12, generator=make, dtype=torch.float64).to(dtype) for n in (45, columns))
     rows[:, -1], keys[:, -1] = -9.0, 1.0
     found = reached_early(rows, keys)
-    assert torch.equal(found, (rows.double() @ keys.double().T >= 0).any(0)) and 0.1 < found.double().mean() < 0.9
+    assert torch.equal(found, (rows.double() @ keys.double().T >= 0).any(0))
+    assert columns == 1 or 0.1 < found.double().mean() < 0.9
     assert torch.equal(found, reached(rows[None], keys)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_groups_in_one_pass_find_what_each_asks_about(dtype: torch.dtype) -> None:
+    make = torch.Generator().manual_seed(0)
+    counts = [90, 1030, 1500]
+    rows = torch.randn(6, len(counts), 5, 12, generator=make, dtype=torch.float64).to(dtype)
+    keys = torch.randn(counts[-1], 2, 12, generator=make, dtype=torch.float64).to(dtype)
+    rows[..., -1], keys[..., -1] = -5.0, 1.0
+    found = reaching(rows, None, keys, counts)
+    for head in range(6):
+        right = (rows[head].double() @ keys[:, head // 3].double().T >= 0).any(1)
+        assert 0.1 < right.double().mean() < 0.9
+        for number, count in enumerate(counts):
+            assert torch.equal(found[head, number, :count], right[number, :count])
 
 
 def test_columns_ascend_and_precede_their_group() -> None:
@@ -161,13 +179,14 @@ def test_columns_ascend_and_precede_their_group() -> None:
             assert group.candidates[0] <= int(columns[0]) and int(columns[-1]) < group.candidates[1]
 
 
-def test_tests_in_bfloat16_choose_nearly_the_same_columns() -> None:
+@pytest.mark.parametrize("method, theta", [("every", 1.5), ("rescore", 1.5), ("pooled", 1.5), ("lse", 3.3)])
+def test_tests_in_bfloat16_choose_nearly_the_same_columns(method: str, theta: float) -> None:
     q, k, _ = random_qkv(1, 400, 2, 1, 64, torch.float32)
-    exact = plan(q, k, config=config(1.5, "every", scores="input"))
-    rough = plan(q, k, config=config(1.5, "every", scores="auto"))
+    exact, rough = (plan(q, k, config=config(theta, method, scores=name)) for name in ("input", "auto"))
+    assert 0.1 < exact.stripe_density < 0.9
     for number in range(len(exact.geometry.groups)):
         a, b = (set(x.columns(number, 0, 0).tolist()) for x in (exact, rough))
-        assert len(a ^ b) <= 0.05 * max(1, len(a))
+        assert len(a ^ b) <= max(1, 0.05 * len(a))
 
 
 def test_the_papers_setting() -> None:
