@@ -21,7 +21,7 @@ from sparse_attn.distributed.exchange import Counts, Flight, Wire, mirrored
 from sparse_attn.distributed.lists import BITS, Wanted
 from sparse_attn.distributed.local import stacks
 from sparse_attn.distributed.owner import joined
-from sparse_attn.identify.products import least_scores, reached_early, test_dtype, with_least, with_ones
+from sparse_attn.identify.products import least_scores, parted, reached_early, test_dtype, with_least, with_ones
 from tokenring.plans.step import AHEAD_LANE
 
 Stop = Callable[[list[Tensor], list[Tensor]], bool]
@@ -152,7 +152,7 @@ def tested(cut: Cut, rank: int, passed: Wanted, which: Tensor, keys: Tensor, row
         here = ones[entry, head // each].index_select(0, lines.columns[found])
         for part in cut.parts[rank]:
             if part.group == number:
-                kept = reached_early(rows.of(part, entry, head), here)
+                kept = reached_early(parted(rows.of(part, entry, head)), here)
                 words[found, word] |= kept.to(torch.int32) << shift
     return words
 

@@ -7,6 +7,7 @@ where the product's sign is not minus. In bfloat16 `least` takes two dims, what 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -61,8 +62,8 @@ def beside(rows: Tensor, least: Tensor, dtype: torch.dtype) -> Tensor:
 def with_ones(k: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, Hkv, Sk, D + 1 or D + 2): keys that meet `with_least`."""
     more = 1 if torch.finfo(dtype).bits >= 32 else 2
-    made = k.new_ones(k.shape[0], k.shape[2], k.shape[1], k.shape[3] + more, dtype=dtype)
-    made[..., : k.shape[3]] = k.transpose(1, 2)
+    made = k.new_empty(k.shape[0], k.shape[2], k.shape[1], k.shape[3] + more, dtype=dtype)
+    made[..., : k.shape[3]], made[..., k.shape[3] :] = k.transpose(1, 2), 1
     return made
 
 
@@ -94,14 +95,24 @@ def runs(keys: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield start, some if len(some) == length else pad(some, (0, 0) * (keys.dim() - 1) + (0, length - len(some)))
 
 
-def reached_early(rows: Tensor, keys: Tensor) -> Tensor:
-    """bool (C,): as `reached`, for one stack of rows (R, d). Every so many rows ask first; the others only about what is left."""
-    first = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-    first[::EARLY] = True
-    found = reached(rows[first][None], keys)[0]
+def parted(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Of rows (..., R, d) those that ask first, every so many, and the others."""
+    ordered = rows.index_select(-2, _early_first(rows.shape[-2]).to(rows.device))
+    return ordered.tensor_split([-(-rows.shape[-2] // EARLY)], -2)
+
+
+@lru_cache(maxsize=64)
+def _early_first(count: int) -> Tensor:
+    numbers = torch.arange(count)
+    return torch.cat([numbers[::EARLY], numbers[numbers % EARLY > 0]])
+
+
+def reached_early(rows: Sequence[Tensor], keys: Tensor) -> Tensor:
+    """bool (C,): as `reached`, for one stack of rows that was parted. The others ask only about what the first ones leave."""
+    found = reached(rows[0][None], keys)[0]
     left = (~found).nonzero()[:, 0]
-    if len(left) and len(rows) > 1:
-        found[left] = reached(rows[~first][None], keys.index_select(0, left))[0]
+    if len(left) and len(rows[1]):
+        found[left] = reached(rows[1][None], keys.index_select(0, left))[0]
     return found
 
 

@@ -21,7 +21,15 @@ from torch import Tensor
 from sparse_attn.config import AnchorConfig
 from sparse_attn.geometry import Geometry, Group
 from sparse_attn.identify.ahead import Ahead, groups_at_once, reaching
-from sparse_attn.identify.products import least_scores, reached, reached_early, test_dtype, with_least, with_ones
+from sparse_attn.identify.products import (
+    least_scores,
+    parted,
+    reached,
+    reached_early,
+    test_dtype,
+    with_least,
+    with_ones,
+)
 from tokenring.merge import accumulator_dtype
 
 LONG = 4.0
@@ -72,11 +80,11 @@ class RescoreFinder(EveryFinder):
         """bool (Hq, candidates): see `Finder`."""
         rows, kept = self._within_bound(group, entry)
         span, each = slice(*group.candidates), rows.shape[0] // self.keys.shape[1]
-        for head, passed in enumerate(kept):
+        for head, (*asking, passed) in enumerate(zip(*parted(rows), kept)):
             columns = passed.nonzero()[:, 0]
             if len(columns):
                 keys = self.keys[entry, head // each, span].index_select(0, columns)
-                passed[columns] = reached_early(rows[head], keys)
+                passed[columns] = reached_early(asking, keys)
         return kept
 
     def passed(self, group: Group, entry: int) -> Tensor:

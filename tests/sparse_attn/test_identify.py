@@ -9,7 +9,7 @@ import torch
 
 from sparse_attn import AnchorConfig, StripePlan, plan
 from sparse_attn.identify.ahead import reaching
-from sparse_attn.identify.products import reached, reached_early
+from sparse_attn.identify.products import parted, reached, reached_early
 from tests.oracle import random_qkv
 
 BLOCK, STEP = 8, 4
@@ -148,7 +148,7 @@ def test_rows_that_ask_first_change_nothing(dtype: torch.dtype, columns: int) ->
     make = torch.Generator().manual_seed(0)
     rows, keys = (torch.randn(n, 12, generator=make, dtype=torch.float64).to(dtype) for n in (45, columns))
     rows[:, -1], keys[:, -1] = -9.0, 1.0
-    found = reached_early(rows, keys)
+    found = reached_early(parted(rows), keys)
     assert torch.equal(found, (rows.double() @ keys.double().T >= 0).any(0))
     assert columns == 1 or 0.1 < found.double().mean() < 0.9
     assert torch.equal(found, reached(rows[None], keys)[0])
