@@ -79,7 +79,7 @@ def refusal(group, case: str) -> str:
         ("theta", "ranks disagree on", "ranks disagree on"),
         ("path", "ranks disagree on", "ranks disagree on"),
         ("keys", "rank 1 of 3 got 32 keys; their layout has 3 ranks and gives it 10", "rank 1 of 3 refused this call"),
-        ("wrong kind", "'str' object has no attribute", "rank 1 of 3 refused this call"),
+        ("wrong kind", "config is 'str'; give an AnchorConfig", "rank 1 of 3 refused this call"),
         ("offset", "both must end at one position", "both must end at one position"),
         ("striped", "deals positions out one by one", "deals positions out one by one"),
         ("plan", "got plan= and group=", "got plan= and group="),
