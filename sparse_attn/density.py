@@ -13,13 +13,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparse_attn.anchor import pattern_based_anchor
-from sparse_attn.arguments import configuration
+from sparse_attn.arguments import check, configuration
 from sparse_attn.config import AnchorConfig
 from sparse_attn.cost import resolved
 from sparse_attn.distributed.local import LocalGeometry
@@ -70,10 +71,13 @@ def theta_for_density(
     >>> abs(plan(q, k, config=replace(config, theta=theta)).density - 0.4) < 0.1
     True
     """
-    if not 0 < target <= 1:
+    if not (isinstance(target, Real) and 0 < target <= 1):
         raise ValueError(
-            f"target is {target}; a density is computed pairs / causal pairs: give a number above 0, at most 1"
+            f"target is {target!r}; a density is computed pairs / causal pairs: give a number above 0, at most 1"
         )
+    check(q, k, k, scale, spread=True)
+    if not len(q):
+        raise ValueError("q and k hold no batch entry; the first one is looked at, so give one or more")
     runtime, config = connect(group), configuration(config)
     rows, keys = _layouts(q, k, layout, kv_layout, runtime)
     geometry = Geometry.of(documents_of(rows.total, keys.total, None, None), *resolved(config, keys.total))

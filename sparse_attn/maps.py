@@ -15,6 +15,10 @@ CELLS = 512
 
 def stripe_map(plan: StripePlan, head: int, entry: int = 0) -> np.ndarray:
     """float32 (rows, columns), at most `CELLS` each way: the share of pairs in a cell that the head attends to."""
+    if not (0 <= entry < plan.batch and 0 <= head < plan.q_heads):
+        raise ValueError(
+            f"got entry {entry}, head {head}; the plan has {plan.batch} batch entries and {plan.q_heads} heads"
+        )
     g = plan.geometry
     height, width = min(CELLS, g.queries), min(CELLS, g.keys)
     total = np.zeros((height, width), dtype=np.float64)
@@ -39,7 +43,7 @@ def save_stripe_maps(plan: StripePlan, path: str | Path, heads: Sequence[int] | 
     """One picture of some heads (all where not given) side by side.
 
     Raises:
-        ValueError: matplotlib is not installed.
+        ValueError: a head or batch entry that the plan lacks; matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -47,6 +51,8 @@ def save_stripe_maps(plan: StripePlan, path: str | Path, heads: Sequence[int] | 
     except ImportError as error:
         raise ValueError("stripe maps need matplotlib, which is not installed; pip install matplotlib") from error
     chosen = range(plan.q_heads) if heads is None else heads
+    if not len(chosen):
+        raise ValueError(f"heads is {heads!r}; give one head or more of 0 to {plan.q_heads - 1}")
     figure = Figure(figsize=(3 * len(chosen), 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     for axis, head in zip(np.atleast_1d(figure.subplots(1, len(chosen))), chosen):

@@ -79,7 +79,13 @@ class StripePlan:
         return self.indptr.diff().view(len(self.geometry.groups), self.batch, self.heads)
 
     def columns(self, group: int, entry: int, head: int) -> Tensor:
-        """One list: ascending int32 rows of k."""
+        """One list: ascending int32 rows of k. Groups, batch entries and heads (those that have lists) count from 0."""
+        groups = len(self.geometry.groups)
+        if not (0 <= group < groups and 0 <= entry < self.batch and 0 <= head < self.heads):
+            raise ValueError(
+                f"got group {group}, entry {entry}, head {head}; the plan has {groups} groups, {self.batch} batch entries and "
+                f"{self.heads} heads with lists"
+            )
         first = (group * self.batch + entry) * self.heads + head
         return self.indices[int(self.indptr[first]) : int(self.indptr[first + 1])]
 
@@ -135,6 +141,10 @@ class StripePlan:
 
     def dense_mask(self, entry: int, q_head: int) -> Tensor:
         """bool (queries, keys): the pairs that a head attends to. For tests and pictures of short sequences."""
+        if not (0 <= entry < self.batch and 0 <= q_head < self.q_heads):
+            raise ValueError(
+                f"got entry {entry}, head {q_head}; the plan has {self.batch} batch entries and {self.q_heads} heads"
+            )
         g = self.geometry
         mask = torch.zeros(g.queries, g.keys, dtype=torch.bool)
         head = q_head if self.share == "query" else q_head * self.kv_heads // self.q_heads

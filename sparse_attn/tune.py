@@ -46,6 +46,10 @@ class TunedConfig:
     reached: float
     """The metric that the samples gave."""
 
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ValueError("a tuned configuration has one layer or more, got none; make one with sparse_attn.tune")
+
     def layer(self, number: int) -> AnchorConfig:
         """The configuration of a layer; of the nearest one that was tuned, where this one was not."""
         return self.layers[min(self.layers, key=lambda known: (abs(known - number), known))]
@@ -91,7 +95,12 @@ class Tuner:
 
     def watch(self, layer: int, q: Tensor, k: Tensor, scale: float | None = None) -> None:
         """One layer of one text: q (B, S, Hq, D), k (B, S, Hkv, D). Fits `sparse_prefill(watch=tuner.watch)`."""
-        self.seen.setdefault(layer, []).append(curves(q, k, self.config, scale, self.groups))
+        known, found = self.seen.setdefault(layer, []), curves(q, k, self.config, scale, self.groups)
+        if known and known[0].pairs.shape != found.pairs.shape:
+            raise ValueError(
+                f"layer {layer} has {len(found.pairs)} heads in this text and had {len(known[0].pairs)}; give texts of one model"
+            )
+        known.append(found)
 
     def tune(self, *, target: float, metric: str = "recall", loss: Loss | None = None, steps: int = 5) -> TunedConfig:
         """As the function `tune`."""
@@ -101,6 +110,8 @@ class Tuner:
             )
         if not self.seen:
             raise ValueError("samples hold no layers; give one sample or more, each with q and k of one layer or more")
+        if metric == "loss" and not math.isfinite(target):
+            raise ValueError(f"target is {target}; give the largest loss allowed, a finite number")
         if metric != "loss" and not 0 < target < 1:
             raise ValueError(f"target is {target}; a {metric} lies between 0 and 1")
         layers = {number: Curves.mean(found) for number, found in sorted(self.seen.items())}
@@ -129,6 +140,8 @@ class Tuner:
         for _ in range(steps):
             found = self._made(layers, _for_density(layers, density), "density", density)
             cost = float(loss(found))
+            if math.isnan(cost):
+                raise ValueError(f"loss gave nan at density {density:.3f}; it must give a number")
             if cost <= target:
                 best, high = replace(found, metric="loss", target=target, reached=cost), (density, cost)
             else:
@@ -208,8 +221,10 @@ def tune(
     """
     tuner = Tuner(AnchorConfig(dense="never") if config is None else config, groups)
     for sample in samples:
-        for number, (q, k) in sample.items() if isinstance(sample, Mapping) else enumerate(sample):
-            tuner.watch(number, q, k)
+        for number, pair in sample.items() if isinstance(sample, Mapping) else enumerate(sample):
+            if len(pair) != 2:
+                raise ValueError(f"layer {number} of a sample holds {len(pair)} tensors; give (q, k) of each layer")
+            tuner.watch(number, *pair)
     return tuner.tune(target=target, metric=metric, loss=loss, steps=steps)
 
 

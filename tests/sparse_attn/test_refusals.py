@@ -10,6 +10,7 @@ import torch
 import tokenring as tr
 from sparse_attn import (
     AnchorConfig,
+    TunedConfig,
     anchor_attention,
     baselines,
     compare_logits,
@@ -17,7 +18,10 @@ from sparse_attn import (
     output_error,
     output_recall,
     plan,
+    theta_for_density,
+    tune,
 )
+from sparse_attn.maps import stripe_map
 from tests.oracle import random_qkv
 
 
@@ -194,3 +198,48 @@ def test_an_empty_list_of_rows_to_keep_keeps_none() -> None:
     config = AnchorConfig(theta=1.0, block=4, step=2, dense="never")
     want = anchor_attention(q, k, v, config=config)
     assert torch.equal(anchor_attention(q, k, v, config=config, keep=[]), want)
+
+
+def test_groups_heads_and_entries_that_a_plan_lacks_are_refused() -> None:
+    q, k, _ = random_qkv(1, 60, 2, 1, 8, torch.float32)
+    found = plan(q, k, config=AnchorConfig(block=8, step=2, dense="never"))
+    for ask in (
+        lambda: found.columns(99, 0, 0),
+        lambda: found.columns(0, 0, -1),
+        lambda: found.dense_mask(0, 2),
+        lambda: stripe_map(found, -1),
+    ):
+        with pytest.raises(ValueError, match="the plan has"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"samples": [[(2, 1)], [(4, 1)]]}, "layer 0 has 4 heads in this text and had 2"),
+        ({"metric": "loss", "loss": lambda found: math.nan}, "loss gave nan"),
+        ({"metric": "loss", "loss": lambda found: 0.0, "target": math.nan}, "finite number"),
+    ],
+    ids=["heads", "loss", "target"],
+)
+def test_samples_and_losses_that_mean_nothing_are_refused(change: dict, said: str) -> None:
+    config = AnchorConfig(block=8, step=2, dense="never")
+    options = {"samples": [[(2, 1)]], "target": 0.5} | change
+    samples = [[random_qkv(1, 90, *heads, 8, torch.float32)[:2] for heads in text] for text in options.pop("samples")]
+    with pytest.raises(ValueError, match=said):
+        tune(samples, config=config, **options)
+
+
+def test_a_density_needs_a_batch_entry_and_a_number() -> None:
+    q, k, _ = random_qkv(1, 60, 2, 1, 8, torch.float32)
+    with pytest.raises(ValueError, match="no batch entry"):
+        theta_for_density(q[:0], k[:0], 0.5)
+    with pytest.raises(ValueError, match="target is 'low'"):
+        theta_for_density(q, k, "low")
+
+
+def test_a_tuned_configuration_has_layers(tmp_path) -> None:
+    path = tmp_path / "tuned.json"
+    path.write_text('{"format": 1, "layers": {}, "metric": "recall", "target": 0.9, "reached": 1}')
+    with pytest.raises(ValueError, match="one layer or more"):
+        TunedConfig.load(path)
