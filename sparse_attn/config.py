@@ -42,8 +42,8 @@ class AnchorConfig:
     """`rescore`: so many last rows of each document, a group's at most, are asked about every column, whatever the bound:
     generation goes on from them. With 0, chunks of a prompt that end where groups end keep exactly the columns that one call keeps."""
     scores: str = "auto"
-    """Products of the tests of `rescore` and `every`: "input" in the dtype of q and k; "auto" in bfloat16 for float32 inputs
-    on a processor that multiplies it faster. They choose columns; attention itself is always in the inputs' dtype."""
+    """Products of the tests that choose columns: "input" in the dtype of q and k; "auto" in bfloat16 for float32 inputs on a
+    processor that multiplies it faster. They choose columns; attention itself is always in the inputs' dtype."""
 
     def __post_init__(self) -> None:
         self._check_thetas()

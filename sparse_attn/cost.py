@@ -34,9 +34,9 @@ LISTS_TESTED = 2
 GATHERED_ROW = 12.0
 """A row of keys and values copied from all over memory: 40 ns."""
 PRODUCT = 0.45
-"""A product with a mean query, in the inputs' dtype, beside the two products and the exponential of attention."""
+"""A product of a test in the inputs' dtype, beside the two products and the exponential of attention."""
 TESTED = 0.23
-"""A product of rows and keys and its test, in bfloat16 where the processor multiplies it; else as `PRODUCT`."""
+"""A product of a test in bfloat16, where the processor multiplies it; else as `PRODUCT`."""
 WORTH = 0.7
 """Stripes run where the model promises this share of dense or less: it leaves out cache misses and the sample's own time."""
 SAMPLE_COLUMNS = 512
