@@ -19,6 +19,8 @@ COLUMNS_ALIKE = 128
 """In 16 bits the columns of a product are a multiple of this: its code is made anew for every new shape, in a millisecond."""
 EARLY = 8
 """Of so many rows one asks about every column: what it keeps need not be asked again."""
+SETTLED = 0.15
+"""Share of columns kept by the rows that ask first below which the others ask about all: setting columns apart costs more."""
 WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Whole numbers as wide as floats of so many bytes."""
 
@@ -108,11 +110,14 @@ def _early_first(count: int) -> Tensor:
 
 
 def reached_early(rows: Sequence[Tensor], keys: Tensor) -> Tensor:
-    """bool (C,): as `reached`, for one stack of rows that was parted. The others ask only about what the first ones leave."""
+    """bool (C,): as `reached`, for one stack of rows that was parted. What the first ones keep the others need not ask about."""
     found = reached(rows[0][None], keys)[0]
+    if not len(rows[1]):
+        return found
+    if int(found.sum()) < SETTLED * len(found):
+        return found.logical_or_(reached(rows[1][None], keys)[0])
     left = (~found).nonzero()[:, 0]
-    if len(left) and len(rows[1]):
-        found[left] = reached(rows[1][None], keys.index_select(0, left))[0]
+    found[left] = reached(rows[1][None], keys.index_select(0, left))[0]
     return found
 
 
