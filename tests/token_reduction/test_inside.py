@@ -167,7 +167,7 @@ def test_visiondrop_scores_with_the_next_layers_queries_and_keys():
 def test_todre_drops_all_exactly_when_both_shares_are_below_tau():
     p, a, *_ = everything()
     text, visual = p.kinds == TEXT, p.kinds == VISUAL
-    shares = [float(a[:, text][..., visual].sum(-1).mean()), float(a[:, visual][..., text].sum(-1).mean())]
+    shares = [a[:, text][..., visual].sum(-1).mean().item(), a[:, visual][..., text].sum(-1).mean().item()]
     for tau, left in ((max(shares) * 1.01, 0), (max(shares) * 0.99, 24)):
         assert len(first_layer(ToDREStage2(layer=0, tau=tau))[1]) == left
 
