@@ -5,7 +5,7 @@
        v                            v                             for bit, for every world and partition
     kept rows + global_index     kept rows + global_index
 
-What travels besides one small header per rank (method, sizes):
+What travels besides two small headers per rank (kinds; method, sizes):
 
     identity, uniform, random, pool    nothing
     evs                                previous-frame rows that live on another rank, one number per token
@@ -71,6 +71,7 @@ def reduce_distributed(
     tensor([1, 4])
     """
     transport = connect(group)
+    _agree_on_kinds(method, tokens_local, transport)
     shard = tokens_local if isinstance(tokens_local, TokenShard) else _place(tokens_local, transport)
     counts, problem = _counts(method, shard, budget)
     wanted = sorted(method.wants & set(shard.channels))
@@ -88,10 +89,29 @@ def _counts(method: Reducer, shard: TokenShard, budget: Budget | None) -> tuple[
     return counts, method.problem(shard, counts)
 
 
-def _place(tokens: Any, transport: Transport) -> TokenShard:
+def _agree_on_kinds(method: Any, tokens: Any, transport: Transport) -> None:
+    """Raise on every rank alike where one was given something else than a method and tokens, or another kind of tokens."""
+    problem = None
+    if not isinstance(method, Reducer):
+        problem = f"method is {method!r}; give a method, such as build('divprune')"
+    elif not isinstance(tokens, VisualTokens | TokenShard):
+        problem = f"tokens_local is a VisualTokens or a TokenShard, got {type(tokens).__name__}"
+    if transport.world > 1:
+        plain = isinstance(tokens, VisualTokens)
+        own = torch.tensor([problem is not None, len(tokens.grid) if plain else -1], dtype=torch.int64)
+        own = own.to(tokens.x.device if problem is None else transport.device)
+        bad, items = torch.stack(transport.all_gather(own, same_shape=True, control=True)).T.tolist()
+        if problem is None and any(bad):
+            problem = f"rank {bad.index(1)} was given no method or no tokens; its own error says which"
+        elif problem is None and len(set(items)) > 1:
+            said = ["a TokenShard" if number < 0 else f"VisualTokens of {number} items" for number in items]
+            problem = f"ranks hold {', '.join(said)}; give one kind and every item on every rank, with 0 frames where a rank has none"
+    if problem:
+        raise ValueError(problem)
+
+
+def _place(tokens: VisualTokens, transport: Transport) -> TokenShard:
     """Each item's frames of all ranks in rank order, and where this rank's frames come in that order."""
-    if not isinstance(tokens, VisualTokens):
-        raise ValueError(f"tokens_local is a VisualTokens or a TokenShard, got {type(tokens).__name__}")
     if transport.world == 1:
         return whole(tokens)
     device = tokens.x.device

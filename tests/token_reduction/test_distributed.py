@@ -209,3 +209,24 @@ def over_processes(group, name):
 def test_processes_over_gloo_equal_one_rank(pool, name):
     parts = pool.run(3, over_processes, name)
     assert list(chain(*parts)) == build(name).reduce(batch(), Budget.ratio(0.3)).index.tolist()
+
+
+@pytest.mark.parametrize(
+    ("odd", "own", "others"),
+    [
+        (lambda tokens: (build("uniform"), "x"), "got str", "rank 1 was given no method or no tokens"),
+        (lambda tokens: ("uniform", tokens), "give a method", "rank 1 was given no method or no tokens"),
+        (lambda tokens: (build("uniform"), tokens.shard(torch.arange(3))), "give one kind", "a TokenShard"),
+        (lambda tokens: (build("uniform"), batch(((1, 1, 3),) * 2)), "VisualTokens of 2 items", "give one kind"),
+    ],
+    ids=["no tokens", "no method", "a shard", "items"],
+)
+def test_a_rank_that_gives_another_kind_makes_all_raise_and_none_wait(odd, own, others):
+    tokens = batch(((1, 1, 3),))
+
+    def rank(group):
+        method, mine = odd(tokens) if group.rank() == 1 else (build("uniform"), tokens)
+        with pytest.raises(ValueError, match=own if group.rank() == 1 else others):
+            reduce_distributed(method, mine, Budget.count(2), group)
+
+    run_local(3, rank)
