@@ -230,7 +230,7 @@ def _check_rows(x: Any, positions: Any, channels: Any) -> int:
         raise ValueError(
             f"positions is an int64 tensor (axes, tokens), got {_kind(positions)}; one axis is positions[None]"
         )
-    if positions.shape[1] != rows or positions.shape[0] < 1:
+    if positions.shape[1] != rows or positions.shape[0] not in (1, 3):
         raise ValueError(f"positions has shape {tuple(positions.shape)}, expected (1 or 3 axes, {rows} tokens as in x)")
     for name, value in channels.items():
         if name not in CHANNELS:

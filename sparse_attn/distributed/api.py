@@ -116,7 +116,7 @@ def _prepared(
     rows = kept_rows(keep, k.new_empty(()).expand(1, cuts[1].total))
     found = cut_of(geometry, *cuts, () if rows is None else tuple(rows.tolist()))
     executor(kernel, q, v, scale)  # a name that does not fit is refused before anything is sent
-    stats = RankStats()
+    stats = RankStats(ring_bytes=(k.numel() + v.numel()) * k.element_size() * (runtime.world - 1))
     _choose_path(stats, config, geometry, q, v)
     agreed = (config, scale, documents, found.keep, str(test_dtype(q, config.scores)), reports)
     return Call(runtime, found, config, scale, kernel, stats, agreed, reports)

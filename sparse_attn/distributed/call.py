@@ -168,7 +168,6 @@ class Call:
         """What this rank did, and where statistics were asked for what all ranks did together."""
         stats, cut, rank, wanted = self.stats, self.cut, self.rank, self.made.wanted
         (batch, own, kv_heads, _), q_heads = k.shape, q.shape[2]
-        stats.ring_bytes = own * batch * kv_heads * (k.shape[3] + v.shape[3]) * k.element_size() * (cut.world - 1)
         if not self.reports:
             return
         keep = torch.tensor(cut.keep, dtype=torch.int64, device=k.device) if cut.keep else None

@@ -12,7 +12,8 @@ from tokenring import Plan
 
 @dataclass
 class RankStats(Stats):
-    """`density`, `stripe_density`, `imbalance` and `wanted` are of all ranks together; the rest is this rank's.
+    """`density`, `stripe_density`, `imbalance` and `wanted` are of all ranks together; the rest is this rank's. Where plain
+    attention ran, its plan says who sends what, and `imbalance` and `wanted` are not counted (1 and 0).
 
     `plan` holds this rank's columns as positions of the sequence, a group for each part of its rows.
     """

@@ -127,6 +127,7 @@ def test_default_configuration_runs_across_ranks() -> None:
     options = {"config": AnchorConfig()}
     results = run(2, layout, inputs, **options)
     assert results[0][3].path == "dense" and results[0][3].why
+    assert sum(result[3].ring_bytes for result in results) == sum(x.numel() * x.element_size() for x in inputs[1:])
     assert_equals_one_device(results, layout, inputs, None, options, bytes_too=False)
 
 

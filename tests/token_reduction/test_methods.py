@@ -263,6 +263,8 @@ def test_channels_of_another_shape_are_refused_before_anything_is_sent(name, opt
         ("hiprune", {"alpha": -1}, "from 0 to 5"),
         ("fastvid", {"merged": 1.5}, "from 0 to 1"),
         ("vidcom2", {"temperature": 0}, "above 0"),
+        ("mmtok", {"alpha": -0.5}, "0 or more"),
+        ("mmtok", {"text_temperature": 0.0}, "above 0 or None"),
         ("divprune", {"center": "yes"}, "true or false"),
         ("random", {"seed": None}, "a whole number"),
         ("globalcom2", {"crops": 4}, r"give \(lines, columns\)"),

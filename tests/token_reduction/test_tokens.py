@@ -56,6 +56,7 @@ def test_an_item_taken_out_keeps_its_rows_positions_and_channels():
         ({"positions": torch.arange(8)}, r"one axis is positions\[None\]"),
         ({"positions": torch.zeros(1, 8)}, "positions is an int64 tensor"),
         ({"positions": torch.arange(7)[None]}, "8 tokens as in x"),
+        ({"positions": torch.zeros(2, 8, dtype=torch.int64)}, "1 or 3 axes"),
         ({"channels": {"cls_atn": torch.zeros(8)}}, "unknown channel 'cls_atn'; channels are cls_attn"),
         ({"channels": {"keys": torch.zeros(7, 2)}}, "channel keys has 7 rows but x has 8"),
         ({"channels": {"keys": [torch.zeros(8, 2)]}}, "only planes may be a list"),

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from token_reduction.batch import Batch, Selection
 from token_reduction.exact import unit_rows
+from token_reduction.options import POSITIVE, Limits, Range
 from token_reduction.reducers.facility import chosen
 from token_reduction.selectors.cover import Cover, cosines, fits
 from token_reduction.selectors.coverage import greedy
@@ -65,6 +66,7 @@ class MMTok(UnitReducer):
     alpha: float = 0.5
     vision_temperature: float = 0.2
     text_temperature: float | None = None
+    limits: ClassVar[Limits] = {"alpha": Range(0), "vision_temperature": POSITIVE, "text_temperature": POSITIVE}
     name: ClassVar[str] = "mmtok"
     needs: ClassVar[frozenset[str]] = frozenset({"text"})
     wants: ClassVar[frozenset[str]] = frozenset({"patches"})
