@@ -4,8 +4,8 @@ Rank 0 takes the reduced sequence as it left the reduction (not as the ranks rec
 eager attention over it and the written tokens in one pass (a model upcycled to experts: with its dense networks), and compares
 
     written     logits of every position that produced a token: at most `tolerance` apart
-    all         logits of every position of the prompt: at most twice as far apart as sdpa and eager are from each other,
-                or `tolerance` where that is more
+    all         logits of every position of the prompt: at most four times as far apart as sdpa and eager are from each
+                other, or `tolerance` where that is more
     tokens      what one rank would have written; where it differs, the one-rank gap between its best two logits
 
 A sparse run is compared with one rank's attention over the same pairs (`launch.verify_sparse`); where no layer ran sparse, as
@@ -33,6 +33,9 @@ from tokenring.layout import Layout
 from tokenring.transport import Transport
 
 CHUNK_ROWS = 256
+APART = 4
+"""Over many positions the largest differences of correct runs, cut between ranks in other ways, were 0.6 to 2.2 times that of
+sdpa and eager. One pair left out of one layer moved logits 240 times as far in the median, in 23 of 24 cases 13 times or more."""
 
 
 def verify(
@@ -117,7 +120,7 @@ def _written(
 
 def _everywhere(adapter: Adapter, hidden: Tensor, expected: Tensor, own: float, tolerance: float) -> dict[str, Any]:
     spread = _largest(adapter, hidden, expected)
-    allowed = max(2 * own, tolerance)
+    allowed = max(APART * own, tolerance)
     return {
         "max_logit_diff_all": spread,
         "sdpa_eager_diff_all": own,
