@@ -7,9 +7,11 @@ first failure seen ──SETTLE──► others had time to fail by themselves a
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -24,6 +26,7 @@ from launch.progress import Relay, Sink
 from launch.records import RankRecord
 
 TICK_SECONDS = 0.1
+LOOK_SECONDS = 0.02
 SETTLE_SECONDS = 3.0
 STOP_SECONDS = 3.0
 
@@ -100,6 +103,9 @@ def supervise(
         process = subprocess.Popen(
             list(command), env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
+    # A signal raises wherever this thread is. Inside Popen's own waiting it could leave its lock held, and every later wait
+    # would never return: another thread waits, this one only looks.
+    threading.Thread(target=process.wait, daemon=True).start()
     try:
         return _wait(process, run_dir, nproc, watch)
     finally:
@@ -110,8 +116,7 @@ def supervise(
 def _wait(process: subprocess.Popen, run_dir: Path, nproc: int, watch: Watch) -> Failure | None:
     failed_at = None
     while True:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(TICK_SECONDS)
+        if _ended(process, TICK_SECONDS):
             return None
         watch.relay.poll(run_dir / "progress.jsonl")
         if watch.expired():
@@ -122,15 +127,22 @@ def _wait(process: subprocess.Popen, run_dir: Path, nproc: int, watch: Watch) ->
             return None
 
 
+def _ended(process: subprocess.Popen, seconds: float) -> bool:
+    """Whether it ends within that time."""
+    until = time.monotonic() + seconds
+    while process.returncode is None and time.monotonic() < until:
+        time.sleep(LOOK_SECONDS)
+    return process.returncode is not None
+
+
 def _end(process: subprocess.Popen, run_dir: Path) -> None:
     """End the launcher, politely first, then whatever rank outlived it."""
-    if process.poll() is None:
+    if process.returncode is None:
         process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_SECONDS)
+        _ended(process, STOP_SECONDS)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    _ended(process, math.inf)
     for file in (run_dir / "pids").glob("*"):
         _kill_rank(int(file.read_text()), run_dir)
 

@@ -1,8 +1,12 @@
 """The command with stand-ins for the pipeline, for tests."""
 
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from launch.cli import main
 
@@ -12,7 +16,16 @@ ENTRIES = "tests.launch.fake_entries"
 
 def command(entry, *arguments):
     """Words of a process of its own."""
-    return [sys.executable, "-m", ENTRIES, entry, *arguments]
+    return [sys.executable, "-X", "faulthandler", "-m", ENTRIES, entry, *arguments]
+
+
+def ended(process, seconds=30):
+    """Exit code of a command that is about to end; what its threads do if it does not."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)
+        pytest.fail(f"still there after {seconds} s:\n{process.communicate(timeout=seconds)[1]}")
 
 
 def run(*arguments):

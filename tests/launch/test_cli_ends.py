@@ -12,7 +12,7 @@ import pytest
 
 from launch.engines.rendezvous import discover, join
 from launch.errors import ConfigError
-from tests.launch.command import ENTRIES, ROOT, command, complaint, run, temporary_files_in
+from tests.launch.command import ENTRIES, ROOT, command, complaint, ended, run, temporary_files_in
 
 pytestmark = pytest.mark.usefixtures("importable_by_ranks")
 
@@ -27,7 +27,7 @@ def test_a_signal_ends_every_rank_and_leaves_no_folder(number, code, tmp_path, t
     assert len(ranks) == 2
     process.send_signal(number)
     sent = time.monotonic()
-    assert process.wait(30) == code
+    assert ended(process) == code
     assert time.monotonic() - sent < 10
     assert process.stderr.read() == f"tokenring: stopped by {number.name}\n"
     assert list(tmp_path.iterdir()) == []
@@ -46,7 +46,7 @@ def test_a_signal_ends_a_ray_run_in_one_line_with_its_cluster(tmp_path):
     cluster = driver[driver.index("--cluster") + 1]
     assert any("raylet" in words[0] and cluster in " ".join(words) for words in command_lines())
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
+    assert ended(process) == 130
     assert process.stderr.read() == "tokenring: stopped by SIGINT\n"
     assert [path.name for path in tmp_path.iterdir()] == ["tmp"]
     assert list((tmp_path / "tmp").iterdir()) == []

@@ -2,7 +2,9 @@
 
 import dataclasses
 import os
+import subprocess
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from launch import engines, worker
 from launch.config import EngineConfig, GenerateConfig, RunConfig, VideoConfig
-from launch.engines.base import Watch
+from launch.engines.base import Watch, supervise
 from launch.engines.mpi import options
 from launch.engines.rendezvous import discover, first_host
 from launch.errors import EXIT_TIMED_OUT, ConfigError, Failure, first_failure, is_victim
@@ -33,6 +35,22 @@ def start(name, entry, nproc, run_dir, sink=None, **engine):
         engine=EngineConfig(name=name, nproc=nproc, **engine),
     )
     return engines.build(name).start(config, nproc, run_dir, f"{ENTRIES}:{entry}", sink=sink)
+
+
+def test_only_another_thread_waits_inside_popen(monkeypatch, tmp_path):
+    """A signal that raises there would leave its lock held, and the command would never end."""
+
+    class Watched(subprocess.Popen):
+        def wait(self, timeout=None):
+            assert threading.current_thread() is not threading.main_thread()
+            return super().wait(timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Watched)
+    (tmp_path / "logs").mkdir()
+    for words, limit in ((["true"], None), (["sleep", "60"], 0.3)):
+        watch = Watch(limit, time.monotonic(), Relay(None))
+        said = supervise(words, dict(os.environ), tmp_path, 1, watch)
+        assert (said is None) == (limit is None)
 
 
 def processes_of(run_dir):
