@@ -6,10 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from token_reduction.reducer import Reducer
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -49,17 +46,18 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def check_options(method: Reducer, name: str) -> None:
-    """ValueError that names the first option whose kind or range does not fit, or which this form of the method ignores."""
+def check_options(method: Any, name: str, limits: Limits, idle: Mapping[str, str]) -> None:
+    """ValueError that names the first option of a dataclass whose kind or range does not fit, or which is idle: `idle` says by
+    option beside what."""
     for field in fields(method):
         value, kinds = getattr(method, field.name), str(field.type).split(" | ")
         if not all(kind in _KINDS for kind in kinds):
             continue
-        span = method.limits.get(field.name, _ANY)
+        span = limits.get(field.name, _ANY)
         if not any(_fits(value, kind, span) for kind in kinds):
             allowed = " or ".join(_allowed(kind, span) for kind in kinds)
             raise ValueError(f"{name} got {field.name}={value!r}; give {allowed}")
-    for option, where in method.idle.items():
+    for option, where in idle.items():
         if getattr(method, option) != type(method).__dataclass_fields__[option].default:
             raise ValueError(
                 f"{name} got {option}={getattr(method, option)!r}, which {where} does not look at; leave it out"

@@ -60,7 +60,7 @@ class Reducer(ABC):
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise ValueError(f"unknown variant {self.variant!r} of {self.name}; variants are {', '.join(VARIANTS)}")
-        check_options(self, self.name)
+        check_options(self, self.name, self.limits, self.idle)
 
     @property
     def idle(self) -> Mapping[str, str]:
